@@ -1,0 +1,824 @@
+"""
+The referee of autoresearch: data, tokenizer, loader, evaluation, clock and report. Nobody edits this file.
+
+    uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
+    uv run prepare.py --data python    the Python source of this environment: no download, works offline
+    uv run prepare.py --help           the other corpora and the options
+
+It decides, train.py obeys: the data prepared last is current, and sequence length, vocabulary and validation rows
+are read from its manifest. Eight rooms, each using only those above it: grep -A3 '^# ===' prepare.py
+"""
+
+import argparse
+import base64
+import bisect
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import sysconfig
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice, pairwise, repeat
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# === 1. Contract and paths ============================================================================================
+# reads: the environment, <root>/current, manifest.json
+# writes: nothing of its own
+# used by: every room, train.py
+
+FORMAT = 1  # of the cache; another number means: prepare again
+SCALES = {  # full wants a GPU, small is for a CPU; train.py has a group of constants for each
+    "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
+    "small": dict(seq_len=256, vocab_size=2048, val_rows=2_048, num_shards=1),
+}
+CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
+SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids of the vocabulary; the first of them is BOS
+SPLIT_PATTERN = (  # GPT-4's, with at most two digits to a token
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+
+
+class PrepareError(SystemExit):
+    """A user's mistake or a fault of the outside world. Not caught, it ends the program with its one sentence."""
+
+    def __init__(self, sentence):
+        super().__init__(f"error: {sentence}")
+
+
+def cache_root():
+    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
+
+
+def write_text(path, text):
+    """Write so that a kill at any moment leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def install(folder):
+    """Move a complete build from folder/ready into `folder`, the manifest last; after a kill, a second call resumes."""
+    ready = folder / "ready"
+    if ready.exists():
+        for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
+            os.replace(path, folder / path.name)
+        ready.rmdir()
+
+
+def read_manifest(folder=None):
+    """The manifest of a prepared folder, by default the current one, its files checked by size."""
+    folder = folder or current_folder()
+    install(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it has format {manifest['format']}, not {FORMAT}")
+        for name, (size, _) in manifest["files"].items():
+            if (folder / name).stat().st_size != size:
+                raise ValueError(f"{name} does not have the {size:,} bytes prepared")
+    except (OSError, ValueError, KeyError) as error:
+        raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py (--help: the corpora)") from None
+    return manifest
+
+
+def current_folder():
+    """The folder of the data prepared last."""
+    pointer = cache_root() / "current"
+    if not pointer.exists():
+        raise PrepareError(f"no prepared data in {cache_root()}; run: uv run prepare.py (offline: --data python)")
+    return cache_root() / pointer.read_text().strip()
+
+
+def env_number(name, default, low):
+    """The number in environment variable `name`, or `default` where it is unset; a whole one if `default` is."""
+    text = os.environ.get(name) or str(default)
+    try:
+        value = type(default)(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value < math.inf:
+        raise PrepareError(f"{name}={text!r} is not a number of at least {low}; set one or unset it")
+    return value
+
+
+def __getattr__(name):
+    """What the manifest or the environment decides is read when it is asked for: importing needs no data."""
+    if name == "MAX_SEQ_LEN":  # tokens
+        return read_manifest()["seq_len"]
+    if name == "TIME_BUDGET":  # seconds
+        return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1)
+    if name == "SCALE":  # "full" or "small"; full where nothing is prepared, so that train.py can be imported
+        return read_manifest()["scale"] if (cache_root() / "current").exists() else "full"
+    raise AttributeError(f"module 'prepare' has no attribute {name!r}")
+
+
+def default_device():
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def progress_bar(what, total=None):
+    """A bar of bytes with rate and time left on a terminal, nothing in a file."""
+    from tqdm import tqdm
+
+    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def in_order(function, items, workers):
+    """Yield function(item) in order, computed by `workers` threads up to two items each ahead of the reader."""
+    ahead = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+# === 2. Corpus: lists of documents for training and validation, downloaded or found ===================================
+# reads: the hub, text files
+# writes: <data>-<scale>/shards/
+# used by: main
+
+LAST_SHARD = 6542  # of ClimbMix, pinned for validation
+STORIES = 300_000  # of tinystories, counted as a shard: about the 250 MB of text in one of ClimbMix
+ATTEMPTS = 6  # at one download, each going on where the last one broke off
+ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
+CUT_FROM, CUT_AT = 1_500, 6_000  # characters: text files are cut into documents the size of a web page
+GROUP = 1_024  # documents of a list
+HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # share of the text kept for validation; up to 5 times that to make so many
+
+
+def hub_url(repo, name):
+    endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
+    return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fetch(session, url, part, bar):
+    """Continue the file `part` by one GET; returns (size, sha256) as the host tells them, '' what it does not.
+
+    The hub tells both on its redirect, as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub's own host alone:
+    requests drops it at a redirect to another.
+    """
+    have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN", "").strip()
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    if token and "/datasets/" in url:
+        headers["Authorization"] = f"Bearer {token}"
+    with session.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
+        if response.status_code not in (200, 206, 416):  # 416: nothing is left to send
+            raise PrepareError(f"{url} answered {response.status_code}; check HF_ENDPOINT and HF_TOKEN")
+        told = {k.lower(): v for hop in [response, *response.history] for k, v in hop.headers.items()}
+        length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
+        if response.status_code != 416:
+            with open(part, "ab" if response.status_code == 206 else "wb") as f:
+                for block in response.iter_content(1 << 20):
+                    f.write(block)
+                    bar.update(len(block))
+    size = told.get("x-linked-size") or told.get("content-range", "").rpartition("/")[2] or length
+    return size, told.get("x-linked-etag", "").strip('W/"')
+
+
+def download(session, url, path, sha256, bar):
+    """Fetch `url` into `path`: resumed by range, checked by size and sha256, renamed when whole."""
+    import requests
+
+    part, problem = path.with_name(path.name + ".part"), ""
+    if path.exists():  # asked for although it is there: not verified, so treat it like a part
+        os.replace(path, part)
+    for _ in range(ATTEMPTS):
+        try:
+            size, digest = fetch(session, url, part, bar)
+        except requests.exceptions.RequestException as error:  # after urllib3's own retries
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        got, wanted = part.stat().st_size, sha256 or (digest if len(digest) == 64 else "")
+        if size and got < int(size):
+            problem = f"{got:,} of {size} bytes came"
+        elif (size and got > int(size)) or (wanted and sha256_of(part) != wanted):
+            problem = f"{got:,} bytes came that are not the {size} bytes of sha256 {wanted[:16]}"
+            part.unlink()
+        else:
+            return os.replace(part, path)
+    raise PrepareError(f"cannot download {url} ({problem}); check the network and run the same command again: it goes "
+                       "on from here. Without a network: uv run prepare.py --data python")
+
+
+def download_all(files, folder, workers):
+    """Download {name: (url, sha256 or None)} into `folder`; verified.json remembers what needs no second look."""
+    import requests
+    from urllib3.util import Retry
+
+    busy = (408, 429, 500, 502, 503, 504)
+    retry = Retry(total=5, connect=3, backoff_factor=0.5, status_forcelist=busy, raise_on_status=False)
+    session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+
+    def stamp(name):
+        path = folder / name
+        return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "verified.json"
+    verified = json.loads(record.read_text()) if record.exists() else {}
+    missing = [name for name in files if stamp(name) is None or verified.get(name) != stamp(name)]
+    with progress_bar("download") as bar:
+        jobs = ((session, files[name][0], folder / name, files[name][1], bar) for name in missing)
+        for name, _ in zip(missing, in_order(lambda job: download(*job), jobs, workers), strict=True):
+            verified[name] = stamp(name)
+            write_text(record, json.dumps(verified))
+
+
+def shard(path):
+    """A parquet file with a `text` column."""
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise PrepareError(f"{path} is no parquet file ({error}); delete or replace it") from None
+    if "text" not in file.schema_arrow.names:
+        raise PrepareError(f"{path} has columns {file.schema_arrow.names}, none named text; rename the right one")
+    return file
+
+
+def row_groups(paths):
+    """The documents of parquet shards, one list for each row group; nulls are left out."""
+    for file in map(shard, paths):
+        for i in range(file.num_row_groups):
+            yield [text for text in file.read_row_group(i, ["text"]).column(0).to_pylist() if text is not None]
+
+
+def cut(text):
+    """Documents of CUT_FROM to CUT_AT characters, cut where an unindented line follows a blank one, if one does."""
+    documents = [""]
+    for block in re.split(r"(?<=\n\n)(?=\S)", text):
+        for piece in (block[i : i + CUT_AT] for i in range(0, len(block), CUT_AT)):
+            if len(documents[-1]) >= CUT_FROM or len(documents[-1] + piece) > CUT_AT:
+                documents.append("")
+            documents[-1] += piece
+    return documents
+
+
+def records(path):
+    """The documents of one file: the rows of .parquet and .jsonl, pieces of any other."""
+    if path.suffix == ".parquet":
+        for batch in shard(path).iter_batches(GROUP, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+    elif path.suffix == ".jsonl":
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    text = json.loads(line)["text"] if line.strip() else None
+                    yield text and text.encode("utf-8", "replace").decode()  # half a surrogate pair is not UTF-8
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    raise PrepareError(f"{path} line {number} is no JSON object with a 'text' key; mend it") from None
+    else:
+        yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
+
+
+def text_groups(files, held_out, limit=None):
+    """Lists of the documents of `files`, of the validation split or the training split.
+
+    Files come in a scrambled order, and are held out whole, by a digest of their content, so that copies fall on the
+    same side. Where fewer than 50 are there, single documents are.
+    """
+    share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
+
+    def chosen(data):
+        return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64) == held_out
+
+    def documents():
+        for path in sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest()):
+            if len(files) < 50:
+                yield from (text for text in records(path) if text and chosen(text.encode()))
+            elif chosen(path.read_bytes()):
+                yield from filter(None, records(path))
+
+    found = islice(documents(), limit)
+    while group := list(islice(found, GROUP)):
+        yield group
+
+
+def find_files(data):
+    """The text files of `data`: 'python' is this environment's source, anything else a file or a folder."""
+    if data == "python":
+        folders = {Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib", "platlib")}
+        nested = {"site-packages", "dist-packages"}  # below the standard library: another environment's
+        return [p for f in folders for p in f.rglob("*.py") if not nested.intersection(p.relative_to(f).parts)]
+    path = Path(data).expanduser().absolute()
+    if not path.exists():
+        raise PrepareError(f"--data {data} is no corpus ({', '.join(CORPORA)}), file or folder; check the name")
+    found = [p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in ENDINGS and p.is_file()]
+    if not found:
+        raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text to one")
+    return found
+
+
+def text_size(path):
+    """Bytes of text in a file, about."""
+    if path.suffix != ".parquet":
+        return path.stat().st_size
+    footer = shard(path).metadata
+    return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+
+
+def sources(data, num_shards):
+    """The files to download for a corpus: {name: (url, sha256 or None)}, the last of ClimbMix for validation."""
+    if data == "climbmix":
+        numbers = [*range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD]
+        names = [f"shard_{i:05d}.parquet" for i in numbers]
+        return {name: (hub_url("karpathy/climbmix-400b-shuffle", name), None) for name in names}
+    if data == "tinystories":
+        name = "tinystories_gpt4_clean.parquet"
+        return {name: (hub_url("karpathy/tinystories-gpt4-clean", name), None)}
+    if data == "shakespeare":
+        url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+        return {"input.txt": (url, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")}
+    return {}
+
+
+def gather(data, shards, num_shards, workers):
+    """The corpus `data`, downloaded to the folder `shards` if it has to be.
+
+    Returns (train, val, files): functions that start anew over lists of documents, and where these come from.
+    """
+    wanted = sources(data, num_shards)
+    if wanted:
+        download_all(wanted, shards, workers)
+    files = [shards / name for name in wanted] or find_files(data)
+    if data == "climbmix":
+        return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:]), files
+    limit = num_shards * STORIES if data == "tinystories" and num_shards > 0 else None
+    return lambda: text_groups(files, False, limit), lambda: text_groups(files, True), files
+
+
+# === 3. Tokenizer: rustbpe trains, tiktoken encodes ===================================================================
+# reads: documents, tokenizer.tiktoken
+# writes: tokenizer.tiktoken
+# used by: the token store, evaluation, main, train.py
+
+TRAIN_CHARS, TRAIN_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much text, and so much of a document
+
+
+class Tokenizer:
+    """Byte-pair encoding; `ranks` maps a token's bytes to its id, the four special tokens follow.
+
+    >>> tokenizer = Tokenizer.from_directory()
+    >>> tokenizer.decode(tokenizer.encode("hello", prepend="<|reserved_0|>"))
+    '<|reserved_0|>hello'
+    """
+
+    def __init__(self, ranks):
+        import tiktoken
+
+        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.enc = tiktoken.Encoding(
+            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self.ranks = ranks
+
+    @classmethod
+    def train(cls, groups, vocab_size, bar):
+        """Train on lists of documents. `vocab_size` counts the specials; 256 means the bytes alone, beside them."""
+        if vocab_size == 256:
+            return cls({bytes([i]): i for i in range(256)})
+        import rustbpe
+
+        def capped():
+            seen = 0
+            for text in (text[:TRAIN_DOC_CHARS] for texts in groups for text in texts):
+                yield text
+                bar.update(len(text))
+                seen += len(text)
+                if seen >= TRAIN_CHARS:
+                    return
+
+        bpe = rustbpe.Tokenizer()
+        bpe.train_from_iterator(capped(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        tokenizer = cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
+        if tokenizer.get_vocab_size() < vocab_size:
+            raise PrepareError(f"this text has no {vocab_size} tokens to find; give more of it or "
+                               f"--vocab-size {tokenizer.get_vocab_size()}")
+        return tokenizer
+
+    def save(self, directory):
+        """Write tokenizer.tiktoken: a line a token, its bytes in base64 and its rank."""
+        lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
+        (Path(directory) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+
+    @classmethod
+    def from_directory(cls, directory=None):
+        """Read what save() wrote into `directory`, by default that of the current data."""
+        lines = (Path(directory or current_folder()) / "tokenizer.tiktoken").read_bytes().splitlines()
+        return cls({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
+
+    def get_vocab_size(self):
+        return self.enc.n_vocab
+
+    def get_bos_token_id(self):
+        return self.enc.encode_single_token(SPECIAL_TOKENS[0])
+
+    def get_token_bytes(self):
+        """The number of bytes each token stands for, 0 for specials: int64 [vocab_size]."""
+        lengths = torch.zeros(self.enc.n_vocab, dtype=torch.int64)
+        lengths[list(self.ranks.values())] = torch.tensor([len(token) for token in self.ranks])
+        return lengths
+
+    def encode(self, text, prepend=None, num_threads=8):
+        """Ids of a str, or of each of a list of str; `prepend` is an id or the name of a special token."""
+        if isinstance(prepend, str):
+            prepend = self.enc.encode_single_token(prepend)
+        first = [] if prepend is None else [prepend]
+        if isinstance(text, str):
+            return first + self.enc.encode_ordinary(text)
+        if isinstance(text, list):
+            return [first + ids for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
+        raise ValueError(f"cannot encode a {type(text).__name__}; give a str or a list of str")
+
+    def decode(self, ids):
+        return self.enc.decode(ids)
+
+
+# === 4. Token store: every document tokenized once, BOS first, end to end in one flat file ============================
+# reads: documents, <split>.bin, <split>.idx
+# writes: <split>.bin, <split>.idx
+# used by: the loader, main
+
+CHUNK_DOCS = 64  # encoded by a thread at a time; tiktoken releases the GIL
+
+
+def write_store(tokenizer, groups, stem, workers, bar):
+    """Tokenize lists of documents into stem.bin, uint16 [tokens], and stem.idx; returns (documents, tokens).
+
+    stem.idx is int64: the number of documents n, where each document starts in stem.bin and the last one ends [n + 1],
+    the number of the first document of each group. A few chunks are in memory at a time.
+    """
+    bos, starts, group_starts = np.array([tokenizer.get_bos_token_id()], dtype=np.uint32), [0], [0]
+
+    def chunks():
+        for texts in groups:
+            bar.update(sum(map(len, texts)))
+            for i in range(0, len(texts), CHUNK_DOCS):
+                yield texts[i : i + CHUNK_DOCS]
+            group_starts.append(group_starts[-1] + len(texts))
+
+    def encode(texts):
+        encoded = [tokenizer.enc.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return np.concatenate([part for ids in encoded for part in (bos, ids)]).astype(np.uint16), encoded
+
+    with open(stem.with_suffix(".bin"), "wb") as f:
+        for tokens, encoded in in_order(encode, chunks(), workers):
+            tokens.tofile(f)
+            for ids in encoded:
+                starts.append(starts[-1] + 1 + len(ids))
+    np.array([len(starts) - 1, *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
+    return len(starts) - 1, starts[-1]
+
+
+class TokenStore:
+    """What write_store() wrote, memory-mapped: tokens uint16, starts of documents and groups int64."""
+
+    def __init__(self, stem):
+        index = np.fromfile(stem.with_suffix(".idx"), dtype=np.int64)
+        self.starts, self.groups = index[1 : index[0] + 2], index[index[0] + 2 :].tolist()
+        self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), dtype=np.uint16, mode="r"))
+
+    def batches(self, size=128):
+        """One epoch of documents as lists (starts, stops), `size` of one group at a time."""
+        for first, last in pairwise(self.groups):
+            for i in range(first, last, size):
+                edges = self.starts[i : min(i + size, last) + 1].tolist()
+                yield edges[:-1], edges[1:]
+
+    def rows(self, packed, capacity):
+        """The tokens of rows from pack_rows: uint16 [len(packed), capacity]."""
+        return np.concatenate([self.tokens[a:b] for row in packed for a, b in row]).reshape(-1, capacity)
+
+
+# === 5. Loader: best-fit packing of documents into rows ===============================================================
+# reads: the token store
+# writes: nothing
+# used by: main (for val_rows.bin), train.py
+
+BUFFER_DOCS = 1_000  # waiting documents to choose from
+
+
+def pack_rows(batches, capacity):
+    """Yield rows of exactly `capacity` tokens, each a list of (start, stop) into the flat tokens.
+
+    Into a gap goes the longest waiting document that fits, the first come of equals; where none fits, the shortest is
+    cropped to the gap and the rest of it dropped. Ends with `batches`, before a row that cannot be filled.
+
+    >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
+    [[(0, 4), (4, 5)]]
+    """
+    waiting, starts, arrived, batches = [], {}, 0, iter(batches)  # waiting: sorted length << 40 | number of arrival
+    while True:
+        row, gap = [], capacity
+        while gap:
+            while len(waiting) < BUFFER_DOCS and (batch := next(batches, None)):
+                for start, stop in zip(*batch, strict=True):
+                    waiting.append((stop - start) << 40 | arrived)
+                    starts[arrived] = start
+                    arrived += 1
+                waiting.sort()
+            if not waiting:
+                return
+            at = bisect.bisect_left(waiting, (gap + 1) << 40) - 1
+            at = bisect.bisect_left(waiting, waiting[at] >> 40 << 40) if at >= 0 else 0
+            key = waiting.pop(at)
+            length, start = min(key >> 40, gap), starts.pop(key & (1 << 40) - 1)
+            row.append((start, start + length))
+            gap -= length
+        yield row
+
+
+def make_dataloader(tokenizer, B, T, split, device=None):
+    """Yield (inputs, targets, epoch) for ever: int64 [B, T] on `device`, CUDA where there is one; rows begin with BOS.
+
+    A thread packs two batches ahead. Every batch has a host buffer of its own. On CUDA that is pinned and the copy
+    asynchronous: torch's host allocator gives no pinned buffer out again before the copies from it have ended.
+    """
+    if split not in ("train", "val") or min(B, T) < 1:
+        raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
+    device = torch.device(device or default_device())
+    store, epoch = TokenStore(current_folder() / split), 0
+
+    def epochs():
+        nonlocal epoch
+        while True:
+            epoch += 1
+            yield from store.batches()
+
+    def next_batch(rows):
+        tokens = store.rows(list(islice(rows, B)), T + 1)
+        batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
+        batch.numpy()[0], batch.numpy()[1] = tokens[:, :-1], tokens[:, 1:]
+        return batch, epoch
+
+    def read():
+        for batch, of_epoch in in_order(next_batch, repeat(pack_rows(epochs(), T + 1)), workers=1):
+            inputs, targets = batch.to(device, non_blocking=True)
+            yield inputs, targets, of_epoch
+
+    return read()
+
+
+# === 6. Evaluation ====================================================================================================
+# reads: val_rows.bin
+# writes: nothing
+# used by: the report, train.py
+
+EVAL_ROWS = 16  # of a forward at most: 16 x 2048 x 8192 logits are 1 GiB in fp32
+
+
+@torch.no_grad()
+def evaluate_bpb(model, tokenizer, batch_size):
+    """Validation bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size].
+
+    The mean code length, in bits per UTF-8 byte, of the targets of the fixed validation rows; special tokens carry no
+    bytes and are left out of both sums. The loss is computed here: from the logits, in fp32, summed in fp64. Each row
+    is read once, whatever `batch_size`, which out of memory halves.
+    """
+    folder = current_folder()
+    rows = np.fromfile(folder / "val_rows.bin", dtype=np.uint16).reshape(-1, read_manifest()["seq_len"] + 1)
+    device = next((p.device for p in model.parameters()), default_device())
+    token_bytes, batch = tokenizer.get_token_bytes(), max(1, min(batch_size, EVAL_ROWS))
+    was_training = model.training
+    model.eval()
+    nats, total_bytes, at = 0.0, 0, 0
+    while at < len(rows):
+        ids = torch.from_numpy(rows[at : at + batch].astype(np.int64))
+        targets = ids[:, 1:].flatten()
+        try:
+            logits = model(ids[:, :-1].to(device))
+            with torch.autocast(device.type, enabled=False):
+                losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device), reduction="none").cpu()
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            continue
+        nats += float(losses.double()[token_bytes[targets] > 0].sum())
+        total_bytes += int(token_bytes[targets].sum())
+        at += len(ids)
+    model.train(was_training)
+    return nats / (math.log(2) * total_bytes)
+
+
+# === 7. Clock and report ==============================================================================================
+# reads: the clock, the environment
+# writes: standard output
+# used by: train.py
+
+PEAK_FLOPS = {  # dense bf16, by a part of the device's name; the first that matches counts
+    "B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12, "A100": 312e12,
+    "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "NVIDIA L4": 121e12,
+}
+
+
+class Run:
+    """One experiment: `with Run() as run:`, in it run.start(), run.progress() and run.step() in a loop, run.score().
+
+    From start() on everything is on the clock: data, Python, logging. The end of the block prints the report.
+    """
+
+    def __init__(self):
+        self.data, self.budget = read_manifest(), __getattr__("TIME_BUDGET")
+        self.seed = env_number("AUTORESEARCH_SEED", 42, 0)
+        self.device, self.opened = default_device(), time.monotonic()
+        self.facts = dict(depth=0, num_params=0, flops_per_token=0, attention="n/a")
+        self.num_steps, self.total_tokens, self.losses, self.late_loss, self.next_line = 0, 0, [], None, 0.0
+
+    def note(self, **facts):
+        """Tell the report what was built: depth, num_params, flops_per_token, attention."""
+        self.facts |= facts
+
+    def start(self):
+        """Start the clock; all before was start-up."""
+        self.synchronize()
+        self.started = time.monotonic()
+
+    def progress(self):
+        """Share of the time budget used so far; the run is over at 1."""
+        return (time.monotonic() - self.started) / self.budget
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(self, loss, tokens):
+        """Count an optimizer step on `tokens` tokens. Its loss, a tensor, is read one step late to spare a wait."""
+        self.read_loss()
+        self.late_loss, self.num_steps, self.total_tokens = loss, self.num_steps + 1, self.total_tokens + tokens
+
+    def read_loss(self):
+        if self.late_loss is None:
+            return
+        self.losses.append(float(self.late_loss))
+        if not math.isfinite(self.losses[-1]):
+            raise FloatingPointError(f"training loss is {self.losses[-1]} at step {self.num_steps}")
+        progress, live = self.progress(), sys.stdout.isatty()
+        if self.num_steps <= 3 or progress >= self.next_line:  # a file gets a line every 5%, a terminal a live one
+            self.next_line = 0 if live else math.floor(20 * progress + 1) / 20
+            recent = self.losses[-20:]
+            print(f"step {self.num_steps:05d} | {100 * progress:5.1f}% | loss {sum(recent) / len(recent):.6f} | "
+                  f"{self.total_tokens / (progress * self.budget):,.0f} tok/s | "
+                  f"{max(0, 1 - progress) * self.budget:.0f} s left ", end="\r" if live else "\n", flush=True)
+
+    def score(self, model, tokenizer, batch_size):
+        """Stop the clock and evaluate `model`; returns val_bpb."""
+        self.read_loss()
+        self.synchronize()
+        self.stopped = time.monotonic()
+        self.val_bpb = evaluate_bpb(model, tokenizer, batch_size)
+        self.scored = time.monotonic()
+        return self.val_bpb
+
+    def summary(self):
+        """The report's keys and values; the first nine are the original's."""
+        seconds = self.stopped - self.started
+        name, vram, mfu = f"cpu ({torch.get_num_threads()} threads)", 0.0, "n/a"
+        if self.device.type == "cuda":
+            name, vram = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
+            peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+            mfu = f"{100 * self.facts['flops_per_token'] * self.total_tokens / seconds / peak:.2f}" if peak else "n/a"
+        return dict(
+            val_bpb=f"{self.val_bpb:.6f}",
+            training_seconds=f"{seconds:.1f}",
+            total_seconds=f"{time.monotonic() - self.opened:.1f}",
+            peak_vram_mb=f"{vram:.1f}",
+            mfu_percent=mfu,
+            total_tokens_M=f"{self.total_tokens / 1e6:.1f}",
+            num_steps=self.num_steps,
+            num_params_M=f"{self.facts['num_params'] / 1e6:.1f}",
+            depth=self.facts["depth"],
+            status="ok",
+            tokens_per_second=f"{self.total_tokens / seconds:.0f}",
+            startup_seconds=f"{self.started - self.opened:.1f}",
+            eval_seconds=f"{self.scored - self.stopped:.1f}",
+            device=name,
+            attention=self.facts["attention"],
+            seed=self.seed,
+            data=f"{self.data['data']}-{self.data['scale']}",
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            print("---")
+            for key, value in self.summary().items():
+                print(f"{key + ':':<17} {value}")
+
+
+# === 8. main: prepare one corpus and make it current ==================================================================
+# reads: the command line
+# writes: <root>/<data>-<scale>/, <root>/current
+# used by: you
+
+
+def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
+    """Gather the corpus `data`, build its tokenizer and tokens unless they are there, and make it current."""
+    settings, name = SCALES[scale], data
+    num_shards, vocab_size = num_shards or settings["num_shards"], vocab_size or settings["vocab_size"]
+    if data not in CORPORA:
+        path = Path(data).expanduser().absolute()
+        name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    folder = cache_root() / f"{name}-{scale}"
+    train, val, files = gather(data, folder / "shards", num_shards, workers)
+    stamp = [num_shards] + sorted([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)
+    if data == "python":  # whose validation rows a package installed later must not change
+        stamp = []
+    spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], vocab_size=max(260, vocab_size),
+                text=hashlib.sha256(json.dumps(stamp).encode()).hexdigest())
+    size = sum(map(text_size, files))
+    print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
+    try:
+        manifest = read_manifest(folder)
+    except PrepareError:
+        manifest = {}
+    if not spec.items() <= manifest.items():
+        manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
+    write_text(cache_root() / "current", folder.name + "\n")
+    print(f"tokens:    {manifest['train_tokens']:,} in {manifest['train_docs']:,} documents to train on, "
+          f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, vocabulary {manifest['vocab_size']:,}")
+    print(f"ready:     {folder}\nnext:      uv run train.py")
+
+
+def build(folder, spec, vocab_size, val_rows, train, val, size):
+    """Tokenizer, tokens, validation rows and manifest, built beside the old ones and installed when all are whole."""
+    building = folder / "building"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    with progress_bar("train the tokenizer", min(size, TRAIN_CHARS)) as bar:
+        tokenizer = Tokenizer.train(train(), vocab_size, bar)
+    tokenizer.save(building)
+    with progress_bar("tokenize", size) as bar:
+        docs, tokens = write_store(tokenizer, train(), building / "train", os.cpu_count(), bar)
+        val_docs, val_tokens = write_store(tokenizer, val(), building / "val", os.cpu_count(), bar)
+    if not docs or val_tokens <= spec["seq_len"]:
+        raise PrepareError(f"{docs} documents to train on and {val_docs} ({val_tokens} tokens) to validate: too few; "
+                           "give more text, 100 KB or so")
+    store, capacity = TokenStore(building / "val"), spec["seq_len"] + 1
+    rows = list(islice(pack_rows(store.batches(), capacity), val_rows))
+    store.rows(rows, capacity).tofile(building / "val_rows.bin")
+    files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
+    manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
+    write_text(building / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    os.replace(building, folder / "ready")
+    install(folder)
+    return manifest
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare a corpus for train.py: text, tokenizer, tokens. Once.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see: uv run prepare.py --help\n")
+    option = parser.add_argument
+    option("--data", default="climbmix", metavar="NAME|PATH", help=f"{', '.join(CORPORA)}, or a file or folder of "
+           f"{' '.join(ENDINGS)} (default: climbmix; python is the source in this environment and needs no network)")
+    option("--num-shards", type=int, metavar="N",
+           help="of climbmix and tinystories, about 250 MB of text each; -1 for all (default: 10, at small scale 1)")
+    option("--vocab-size", type=int, metavar="N",
+           help="with the 4 special tokens; 256 for the bytes beside them (default: 8192, at small scale 2048)")
+    option("--scale", choices=SCALES, default="full" if torch.cuda.is_available() else "small",
+           help="full: rows of 2048 for a GPU; small: rows of 256 for a CPU (default: full where there is CUDA)")
+    option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
+    args = parser.parse_args()
+    for name, low, high, other in (("num_shards", 1, LAST_SHARD, -1), ("vocab_size", 260, 2**16, 256),
+                                   ("download_workers", 1, 64, 8)):
+        value = getattr(args, name)
+        if value is not None and value != other and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value} is not from {low} to {high}, nor {other}")
+    if args.data not in CORPORA:
+        try:
+            find_files(args.data)
+        except PrepareError as error:
+            sys.exit(parser.error(str(error).removeprefix("error: ")))
+    try:
+        prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from here")
+
+
+if __name__ == "__main__":
+    main()

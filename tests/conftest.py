@@ -1,0 +1,130 @@
+"""Every test works in a cache and with a hub of its own: none reads ~/.cache or the network."""
+
+import json
+import os
+import random
+import tempfile
+from pathlib import Path
+
+import pytest
+from hub import Hub, write_shard
+
+# Before any test module imports prepare or train, which look for prepared data.
+for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or name in ("HF_ENDPOINT", "HF_TOKEN")]:
+    del os.environ[name]
+CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
+os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+
+import prepare  # noqa: E402
+
+
+def pytest_unconfigure():
+    CACHE.cleanup()
+
+
+SYLLABLES = [a + b for a in ("b", "d", "g", "k", "l", "m", "n", "r", "s", "t", "v", "sh", "tr") for b in "aeiou"]
+LETTERS = "你好世界天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
+EMOJI = ["🙂", "🚀🚀", "👩‍👩‍👧", "é", "ñandú", "Ωmega", "\t\t", "\r\n", "<|reserved_0|>"]
+SHORT = ["", "a", "好", "🙂", "\n", "  ", "ok.", "1234567"]
+
+
+def vocabulary():
+    rng = random.Random(0)
+    latin = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(1_000)]
+    return latin, ["".join(rng.choices(LETTERS, k=rng.randint(1, 5))) for _ in range(150)]
+
+
+LATIN, CHINESE = vocabulary()
+ZIPF = [1 / (rank + 3) for rank in range(len(LATIN))]
+
+
+def sentence(rng):
+    kind = rng.random()
+    if kind < 0.75:
+        end = rng.choice([". ", ", and ", "! ", ".\n", ".\n\n"])
+        return " ".join(rng.choices(LATIN, ZIPF, k=rng.randint(4, 16))) + end
+    if kind < 0.85:
+        return f"def {rng.choice(LATIN)}_{rng.choice(LATIN)}(x):\n    return x + {rng.randrange(10_000)}\n\n"
+    if kind < 0.95:
+        return "，".join(rng.choices(CHINESE, k=6)) + "。 "
+    return f" {rng.choice(EMOJI)} "
+
+
+def document(rng, length):
+    """Made-up text of `length` characters or a sentence more: prose, code, Chinese, emoji."""
+    sentences = []
+    while length > 0:
+        sentences.append(sentence(rng))
+        length -= len(sentences[-1])
+    return "".join(sentences)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache for one test; its folder does not exist yet."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def toy_text(tmp_path_factory):
+    """A folder with some 400 kB of text in every format that prepare.py reads."""
+    folder, rng = tmp_path_factory.mktemp("text") / "toy", random.Random(1)
+    (folder / "below").mkdir(parents=True)
+    for name in ("a.txt", "b.md", "c.py", "below/d.txt"):
+        (folder / name).write_text(document(rng, 60_000), encoding="utf-8")
+    lines = [json.dumps({"text": document(rng, 900)}) for _ in range(80)]
+    (folder / "e.jsonl").write_text("\n".join(lines) + "\n")
+    write_shard(folder / "f.parquet", [[document(rng, 900) for _ in range(50)] for _ in range(2)])
+    (folder / "not-text.bin").write_bytes(bytes(range(256)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy(toy_text):
+    """The folder of a small prepared corpus, current in the cache of this session: small scale, vocabulary 512."""
+    prepare.prepare(str(toy_text), "small", None, 512, 2)
+    return prepare.current_folder()
+
+
+@pytest.fixture(scope="session")
+def climbmix_like(tmp_path_factory):
+    """A folder with two training shards and the validation shard, shaped like ClimbMix's.
+
+    Each has 3,000 documents: most of a few hundred characters, some empty, some longer than a row of 2048 tokens, some
+    than the 10,000 characters of a document that the tokenizer may see (a rest of q's would show).
+    """
+    folder, rng = tmp_path_factory.mktemp("climbmix"), random.Random(2)
+    for index in (0, 1, 6542):
+        texts = [document(rng, int(rng.lognormvariate(5.2, 1.2))) for _ in range(3_000)]
+        for at in rng.sample(range(3_000), 100):
+            texts[at] = rng.choice(SHORT)
+        for at in rng.sample(range(3_000), 3):
+            texts[at] = document(rng, 9_000)[:9_000].ljust(10_000) + "q" * 9_000
+        groups = []
+        while texts:
+            size = rng.choice([1, 127, 128, 129, 300, 1_000])
+            groups.append(texts[:size])
+            del texts[:size]
+        write_shard(folder / f"shard_{index:05d}.parquet", groups)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub for one test, the one that HF_ENDPOINT names; it serves the folder tmp_path/hub."""
+    (tmp_path / "hub").mkdir()
+    with Hub(tmp_path / "hub") as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        yield served
+
+
+@pytest.fixture(scope="session")
+def climbmix(climbmix_like, tmp_path_factory):
+    """(cache, shards): the shards of `climbmix_like`, prepared at full scale from a hub, vocabulary 512."""
+    root = tmp_path_factory.mktemp("climbmix-cache")
+    with Hub(climbmix_like) as served, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(root))
+        patch.setenv("HF_ENDPOINT", served.endpoint)
+        prepare.prepare("climbmix", "full", 2, 512, 2)
+    return root, sorted(Path(climbmix_like).iterdir())

@@ -1,0 +1,97 @@
+"""The Hugging Face hub in small: a host that redirects to a second one, which serves ranges and has its bad days."""
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def write_shard(path, groups):
+    """A parquet file like ClimbMix's, with a row group for each list of documents."""
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for texts in groups:
+            writer.write_table(pa.table({"text": texts}, schema=schema))
+
+
+class Hub:
+    """`with Hub(folder) as hub:` serves the files of `folder` as those of any dataset at hub.endpoint.
+
+    hub.log holds (host, path, headers) of every request, host being 'hub' or 'cdn'. hub.faults is a queue, one for each
+    answer of the CDN to come: 'busy' (503), 'cut' (half the body, then the line breaks), 'whole' (deaf to ranges),
+    'wrong' (other bytes, as many) or None. The two hosts differ in name, as they must for requests to drop a token.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.log, self.faults = folder, [], []
+
+    def __enter__(self):
+        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler(self, answer)) for answer in (redirect, serve)]
+        for server in self.servers:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        self.endpoint, self.cdn = (f"http://{host}:{server.server_port}" for host, server in
+                                   zip(("127.0.0.1", "localhost"), self.servers, strict=True))
+        return self
+
+    def __exit__(self, *_):
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+
+def handler(hub, answer):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self):
+            answer(hub, self)
+
+        def log_message(self, *_):
+            pass
+
+    return Handler
+
+
+def reply(request, status, body=b"", **headers):
+    request.send_response(status)
+    for name, value in {"Content_Length": len(body), **headers}.items():
+        request.send_header(name.replace("_", "-"), str(value))
+    request.end_headers()
+    request.wfile.write(body)
+
+
+def redirect(hub, request):
+    """/datasets/<owner>/<dataset>/resolve/main/<name>: a 302 to the CDN, with size and sha256."""
+    hub.log.append(("hub", request.path, dict(request.headers)))
+    empty, datasets, _, _, resolve, main, name = (request.path.split("/") + [""] * 7)[:7]
+    path = hub.folder / name
+    if (empty, datasets, resolve, main) != ("", "datasets", "resolve", "main") or not path.is_file():
+        return reply(request, 404, b"Entry not found")
+    data = path.read_bytes()
+    reply(request, 302, Location=f"{hub.cdn}/{name}?signed", X_Linked_Size=len(data),
+          X_Linked_ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+
+
+def serve(hub, request):
+    hub.log.append(("cdn", request.path, dict(request.headers)))
+    fault = hub.faults.pop(0) if hub.faults else None
+    data = (hub.folder / request.path.strip("/").removesuffix("?signed")).read_bytes()
+    begin = int(request.headers.get("Range", "bytes=0-")[len("bytes="):].partition("-")[0])
+    if fault == "busy":
+        reply(request, 503, b"busy")
+    elif fault == "cut":
+        request.send_response(206 if begin else 200)
+        request.send_header("Content-Length", str(len(data) - begin))
+        request.end_headers()
+        request.wfile.write(data[begin : (begin + len(data)) // 2])
+        request.close_connection = True
+    elif fault == "wrong":
+        reply(request, 200, bytes(255 - byte for byte in data))
+    elif fault == "whole" or not begin:
+        reply(request, 200, data)
+    elif begin >= len(data):
+        reply(request, 416, Content_Range=f"bytes */{len(data)}")
+    else:
+        reply(request, 206, data[begin:], Content_Range=f"bytes {begin}-{len(data) - 1}/{len(data)}")

@@ -1,0 +1,684 @@
+"""prepare.py, room by room, against a hub of our own and the slow twin in reference.py."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import document
+from hub import write_shard
+from torch import nn
+from tqdm import tqdm
+
+import prepare
+
+SCRIPT = Path(prepare.__file__)
+QUIET = tqdm(disable=True)
+
+
+def tokenizer_of(ranks):
+    return prepare.Tokenizer(dict(ranks))
+
+
+def one_sentence(error):
+    """What a user reads of an error: one line, which we return."""
+    text = str(error)
+    assert text and "\n" not in text.strip() and "Traceback" not in text
+    return text
+
+
+def copy_cache(source, target):
+    """A cache of our own that holds what the current one holds."""
+    (target / source.name).mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file():
+            (target / source.name / path.name).write_bytes(path.read_bytes())
+    (target / "current").write_text(source.name)
+    return target / source.name
+
+
+def ruin(folder, how):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if how == "no manifest":
+        (folder / "manifest.json").unlink()
+    elif how == "manifest cut short":
+        (folder / "manifest.json").write_text(json.dumps(manifest)[:-20])
+    elif how == "other format":
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"format": -1}))
+    elif how == "file missing":
+        (folder / "train.bin").unlink()
+    elif how == "file cut short":
+        (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
+
+
+# ======================================================================================================================
+# 1. Contract and paths
+
+
+def test_what_is_prepared_is_current(toy):
+    manifest = prepare.read_manifest(toy)
+    assert prepare.current_folder() == toy and toy.parent == prepare.cache_root()
+    assert prepare.MAX_SEQ_LEN == manifest["seq_len"] == 256
+    assert prepare.Tokenizer.from_directory().get_vocab_size() == manifest["vocab_size"] == 512
+
+
+def test_no_data_is_one_sentence_with_the_command(cache):
+    with pytest.raises(prepare.PrepareError) as error:
+        prepare.current_folder()
+    assert "uv run prepare.py" in one_sentence(error.value)
+
+
+@pytest.mark.parametrize("how", ["no manifest", "manifest cut short", "other format", "file missing", "file cut short"])
+def test_half_prepared_data_is_one_sentence_with_the_command(toy, cache, how):
+    folder = copy_cache(toy, cache)
+    assert prepare.read_manifest(folder)
+    ruin(folder, how)
+    with pytest.raises(prepare.PrepareError) as error:
+        prepare.read_manifest(folder)
+    assert "uv run prepare.py" in one_sentence(error.value)
+    with pytest.raises(SystemExit) as error:  # what a train.py meets that begins as the original's does
+        from prepare import MAX_SEQ_LEN  # noqa: F401
+    assert "uv run prepare.py" in one_sentence(error.value)
+
+
+def test_a_preparation_killed_at_any_rename_leaves_the_old_state_or_the_new(toy, toy_text, tmp_path, monkeypatch):
+    def state(folder):
+        prepare.read_manifest(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    def killed(source, target):
+        if not left_before_the_kill:
+            raise KeyboardInterrupt
+        left_before_the_kill.pop()
+        replace(source, target)
+
+    def again(cache):
+        monkeypatch.setenv("AUTORESEARCH_CACHE", str(cache))
+        prepare.prepare(str(toy_text), "small", None, 400, 2)
+        return state(prepare.current_folder())
+
+    replace, old, new, seen, kills = os.replace, state(toy), again(tmp_path / "new"), [], 0
+    while True:
+        folder, left_before_the_kill = copy_cache(toy, tmp_path / f"{kills}"), [None] * kills
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", killed)
+                again(folder.parent)
+            break
+        except KeyboardInterrupt:
+            seen.append(state(folder))
+        assert prepare.current_folder() == folder and again(folder.parent) == new
+        kills += 1
+    assert old != new and kills > 5 and all(found in (old, new) for found in seen) and old in seen and new in seen
+
+
+def test_in_order_keeps_order_and_hands_on_errors():
+    assert list(prepare.in_order(lambda i: time.sleep(random.random() / 500) or i, range(100), 4)) == list(range(100))
+    with pytest.raises(ZeroDivisionError):
+        list(prepare.in_order(lambda i: 1 / (i - 5), range(10), 2))
+
+
+# ======================================================================================================================
+# 2. Corpus
+
+
+def fetch(folder, *names):
+    prepare.download_all({name: (prepare.hub_url("owner/data", name), None) for name in names}, folder, 2)
+
+
+@pytest.fixture
+def data(hub):
+    """3 MB on the hub, as shard.bin."""
+    content = random.Random(3).randbytes(3_000_000)
+    (hub.folder / "shard.bin").write_bytes(content)
+    return content
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Between retries."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def on_cdn(hub):
+    return [headers.get("Range") for host, _, headers in hub.log if host == "cdn"]
+
+
+@pytest.mark.parametrize("endpoint, host", [(None, "https://huggingface.co"), ("http://mirror:81/", "http://mirror:81")])
+def test_hf_endpoint_names_the_hub(monkeypatch, endpoint, host):
+    if endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert prepare.hub_url("owner/data", "a.bin") == f"{host}/datasets/owner/data/resolve/main/a.bin"
+
+
+def test_a_clean_download_asks_the_network_once(hub, data, tmp_path):
+    fetch(tmp_path / "to", "shard.bin")
+    assert (tmp_path / "to/shard.bin").read_bytes() == data and [host for host, *_ in hub.log] == ["hub", "cdn"]
+    fetch(tmp_path / "to", "shard.bin")
+    assert len(hub.log) == 2
+
+
+def test_a_part_is_resumed(hub, data, tmp_path):
+    (tmp_path / "shard.bin.part").write_bytes(data[:1_234_567])
+    fetch(tmp_path, "shard.bin")
+    assert (tmp_path / "shard.bin").read_bytes() == data and not (tmp_path / "shard.bin.part").exists()
+    assert on_cdn(hub) == ["bytes=1234567-"]
+
+
+def test_a_host_deaf_to_ranges_starts_over(hub, data, tmp_path):
+    (tmp_path / "shard.bin.part").write_bytes(data[:1_234_567])
+    hub.faults = ["whole"]
+    fetch(tmp_path, "shard.bin")
+    assert (tmp_path / "shard.bin").read_bytes() == data
+
+
+@pytest.mark.parametrize("had", ["as it should be", "other bytes", "too long"])
+def test_a_file_not_known_to_be_good_is_checked_first(hub, data, tmp_path, had):
+    content = {"as it should be": data, "other bytes": data[::-1], "too long": data + b"more"}[had]
+    (tmp_path / "shard.bin").write_bytes(content)
+    fetch(tmp_path, "shard.bin")
+    assert (tmp_path / "shard.bin").read_bytes() == data
+    assert on_cdn(hub) == [f"bytes={len(content)}-"] + [None] * (had != "as it should be")
+
+
+def test_a_file_changed_after_its_download_is_fetched_again(hub, data, tmp_path):
+    fetch(tmp_path, "shard.bin")
+    (tmp_path / "shard.bin").write_bytes(data[:-1])
+    fetch(tmp_path, "shard.bin")
+    assert (tmp_path / "shard.bin").read_bytes() == data
+
+
+def test_a_body_cut_short_goes_on_where_it_broke_off(hub, data, tmp_path):
+    hub.faults = ["cut", "cut"]
+    fetch(tmp_path, "shard.bin")
+    assert (tmp_path / "shard.bin").read_bytes() == data
+    whole, *rests = on_cdn(hub)
+    assert whole is None and len(rests) == 2 and all(1_000_000 < int(rest[6:-1]) <= 2_250_000 for rest in rests)
+
+
+def test_a_busy_host_is_asked_again(hub, data, tmp_path, no_waiting):
+    hub.faults = ["busy", "busy"]
+    fetch(tmp_path, "shard.bin")
+    assert (tmp_path / "shard.bin").read_bytes() == data
+
+
+def test_wrong_bytes_of_the_right_size_are_refused(hub, data, tmp_path, no_waiting):
+    hub.faults = ["wrong"] * 50
+    with pytest.raises(prepare.PrepareError) as error:
+        fetch(tmp_path, "shard.bin")
+    assert "shard.bin" in one_sentence(error.value) and "sha256" in str(error.value)
+    assert not list(tmp_path.glob("shard.bin*"))
+
+
+def test_one_missing_shard_fails_the_whole_and_keeps_the_others(hub, data, tmp_path):
+    with pytest.raises(prepare.PrepareError) as error:
+        fetch(tmp_path, "shard.bin", "absent.bin")
+    assert "absent.bin" in one_sentence(error.value) and "404" in str(error.value)
+    assert (tmp_path / "shard.bin").read_bytes() == data and not (tmp_path / "absent.bin").exists()
+
+
+def test_the_token_goes_to_the_hub_alone(hub, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    fetch(tmp_path, "shard.bin")
+    assert [(host, headers.get("Authorization")) for host, _, headers in hub.log] == [
+        ("hub", "Bearer secret"), ("cdn", None)]
+
+
+def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_without(cache, monkeypatch, no_waiting, capsys):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--num-shards", "1", "--scale", "small"])
+    with pytest.raises(SystemExit) as error:
+        prepare.main()
+    assert "--data python" in one_sentence(error.value.code) and str(error.value.code).startswith("error: ")
+    assert capsys.readouterr().err == ""
+
+
+def test_parquet_groups_are_kept_and_nulls_left_out(tmp_path):
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    write_shard(paths[0], [["one", None, ""], ["two"]])
+    write_shard(paths[1], [["three"]])
+    assert list(prepare.row_groups(paths)) == [["one", ""], ["two"], ["three"]]
+
+
+def test_text_is_cut_before_unindented_lines_and_nothing_is_lost():
+    text = "def f(x):\n    y = x\n\n    return y\n\n\n" * 2_000
+    pieces = prepare.cut(text)
+    assert "".join(pieces) == text and all(piece.startswith("def") for piece in pieces)
+    assert all(1_500 <= len(piece) <= 6_000 for piece in pieces[:-1])
+    unbroken = prepare.cut(text + "x" * 20_000)
+    assert "".join(unbroken) == text + "x" * 20_000 and max(map(len, unbroken)) <= 6_000
+
+
+def test_every_format_is_read(toy_text):
+    found = {path.name: path for path in prepare.find_files(toy_text)}
+    assert sorted(found) == ["a.txt", "b.md", "c.py", "d.txt", "e.jsonl", "f.parquet"]
+    assert [len(list(prepare.records(found[name]))) for name in ("e.jsonl", "f.parquet")] == [80, 100]
+    assert "".join(prepare.records(found["d.txt"])) == found["d.txt"].read_bytes().decode()
+
+
+@pytest.mark.parametrize("line", ["not json", '{"body": "x"}', '["text"]', '{"text": 5}'])
+def test_a_bad_record_names_file_line_and_key(tmp_path, line):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
+    with pytest.raises(prepare.PrepareError) as error:
+        list(prepare.text_groups(prepare.find_files(tmp_path), False))
+    assert all(part in one_sentence(error.value) for part in ("a.jsonl", "line 3", "'text'"))
+
+
+def test_half_a_character_is_replaced(tmp_path):
+    """JSON may escape one half of a surrogate pair alone, as text cut by others often does."""
+    (tmp_path / "a.jsonl").write_text('{"text": "cut \\ud83d short"}\n')
+    (text,), = [group for held_out in (0, 1) for group in prepare.text_groups([tmp_path / "a.jsonl"], bool(held_out))]
+    assert len(text.encode().decode().split()) == 3 and text.startswith("cut ") and text.endswith(" short")
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"garbage" * 100)
+    with pytest.raises(prepare.PrepareError) as error:
+        list(prepare.records(tmp_path / "a.parquet"))
+    assert "a.parquet" in one_sentence(error.value)
+
+
+def test_a_parquet_file_without_text_names_its_columns(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"content": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(prepare.PrepareError) as error:
+        list(prepare.row_groups([tmp_path / "a.parquet"]))
+    assert "a.parquet" in one_sentence(error.value) and "content" in str(error.value)
+
+
+@pytest.mark.parametrize("count", [3, 120], ids=["few files", "many files"])
+def test_splits_share_no_document_and_lose_none(tmp_path, count):
+    rng, total = random.Random(4), 600_000
+    for number in range(count):
+        text = document(rng, total // count)
+        for copy in "ab":  # every file twice
+            (tmp_path / f"{number}{copy}.txt").write_text(text, encoding="utf-8")
+    files = prepare.find_files(tmp_path)
+    train, val = (sum(prepare.text_groups(files, held_out), []) for held_out in (False, True))
+    assert val and not set(val) & set(train)
+    assert sorted(train + val) == sorted(text for path in files for text in prepare.records(path))
+    assert 0.01 < sum(map(len, val)) / (2 * total) < 0.25
+    assert train == sum(prepare.text_groups(files[::-1], False), []), "the order of the files may not matter"
+
+
+def test_the_python_corpus_is_this_environment():
+    found = prepare.find_files("python")
+    assert {Path(random.__file__).resolve(), Path(torch.__file__).resolve()} <= set(found)
+    assert {path.suffix for path in found} == {".py"} and len(found) == len(set(found))
+
+
+def test_tinystories_comes_from_the_hub(hub, cache):
+    rng = random.Random(5)
+    write_shard(hub.folder / "tinystories_gpt4_clean.parquet", [[document(rng, 600) for _ in range(400)]])
+    prepare.prepare("tinystories", "small", 1, 300, 2)
+    manifest = prepare.read_manifest(prepare.current_folder())
+    assert (manifest["data"], manifest["scale"], manifest["vocab_size"]) == ("tinystories", "small", 300)
+    assert 300 < manifest["train_docs"] < 400
+
+
+def test_shakespeare_is_pinned_by_its_digest(tmp_path, monkeypatch):
+    def standing_in(files, folder, workers):
+        (folder / "input.txt").write_text("First Citizen:\n\n" * 20_000)
+        asked.update(files)
+
+    asked = {}
+    monkeypatch.setattr(prepare, "download_all", standing_in)
+    train, val, *_ = prepare.gather("shakespeare", tmp_path, 1, 1)
+    (url, sha256), = asked.values()
+    assert "tinyshakespeare" in url and len(sha256) == 64 and "First Citizen" in next(train())[0]
+
+
+# ======================================================================================================================
+# 3. Tokenizer
+
+
+@pytest.fixture(scope="module")
+def twin(climbmix):
+    """The slow twin's tokenizer, of the same training shards."""
+    return reference.encoding(reference.train_ranks(reference.training_documents(climbmix[1][:2]), 512))
+
+
+@pytest.fixture
+def in_climbmix(climbmix, monkeypatch):
+    """Makes the shards shaped like ClimbMix current; gives the tokenizer of their folder."""
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(climbmix[0]))
+    return prepare.Tokenizer.from_directory()
+
+
+TEXTS = [
+    "", "hello  world\n\n1234567 it's", "你好，世界。天地玄黄", "🙂👩\u200d👩\u200d👧🚀é\u0301", "\x00\ufffd",
+    "<|reserved_0|> plain",
+]
+
+
+def test_training_finds_the_merges_of_the_reference(in_climbmix, twin):
+    assert in_climbmix.ranks == twin._mergeable_ranks
+
+
+def test_the_specials_come_last_and_the_first_is_bos(in_climbmix):
+    assert in_climbmix.get_vocab_size() == 512 and in_climbmix.get_bos_token_id() == 508
+    assert [in_climbmix.decode([i]) for i in range(508, 512)] == [f"<|reserved_{i}|>" for i in range(4)]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_survives_encoding_and_saving(in_climbmix, tmp_path, text):
+    in_climbmix.save(tmp_path)
+    again = prepare.Tokenizer.from_directory(tmp_path)
+    assert again.decode(again.encode(text)) == text and again.encode(text) == in_climbmix.encode(text)
+    assert again.ranks == in_climbmix.ranks and max(again.encode(text), default=0) < 508
+
+
+def test_encode_takes_one_text_or_many_and_prepends(in_climbmix):
+    bos, plain = in_climbmix.get_bos_token_id(), in_climbmix.encode("hello")
+    assert in_climbmix.encode("hello", prepend=bos) == [bos] + plain
+    assert in_climbmix.encode("hello", prepend="<|reserved_0|>") == [bos] + plain
+    assert in_climbmix.encode(["hello", ""], prepend=bos, num_threads=2) == [[bos] + plain, [bos]]
+    with pytest.raises(ValueError):
+        in_climbmix.encode(b"hello")
+
+
+@pytest.mark.parametrize("text", TEXTS + ["".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x11000)]))])
+def test_the_bytes_of_a_texts_tokens_are_its_utf8_bytes(in_climbmix, text):
+    assert int(in_climbmix.get_token_bytes()[in_climbmix.encode(text)].sum()) == len(text.encode())
+
+
+def test_tokens_that_are_no_utf8_count_their_raw_bytes(in_climbmix, twin):
+    lengths, broken = in_climbmix.get_token_bytes().tolist(), 0
+    for token, rank in twin._mergeable_ranks.items():
+        broken += "\ufffd" in token.decode(errors="replace")
+        assert lengths[rank] == len(token)
+    assert broken > 128 and lengths[508:] == [0] * 4
+
+
+def test_a_vocabulary_of_256_is_the_bytes(toy_text, cache):
+    prepare.prepare(str(toy_text), "small", None, 256, 2)
+    tokenizer = prepare.Tokenizer.from_directory()
+    assert tokenizer.get_vocab_size() == prepare.read_manifest(prepare.current_folder())["vocab_size"] == 260
+    assert tokenizer.encode("aé🙂", prepend=tokenizer.get_bos_token_id()) == [256, *"aé🙂".encode()]
+
+
+@pytest.mark.parametrize("length", [0, 11, 1_000])
+def test_too_little_text_to_hold_any_out_says_so(tmp_path, cache, length):
+    (tmp_path / "a.txt").write_text(document(random.Random(7), length), encoding="utf-8")
+    with pytest.raises(prepare.PrepareError, match="more text"):
+        prepare.prepare(str(tmp_path / "a.txt"), "small", None, 256, 2)
+    assert not (cache / "current").exists()
+
+
+def test_too_little_text_for_the_vocabulary_says_what_would_do(tmp_path, cache):
+    (tmp_path / "a.txt").write_text("abc " * 100_000)
+    with pytest.raises(prepare.PrepareError, match="--vocab-size"):
+        prepare.prepare(str(tmp_path / "a.txt"), "small", None, 1_000, 2)
+
+
+# ======================================================================================================================
+# 4. Token store
+
+
+def live(tokenizer, texts):
+    return [[tokenizer.get_bos_token_id()] + tokenizer.enc.encode_ordinary(text) for text in texts]
+
+
+def test_the_store_holds_what_live_encoding_gives_in_its_groups(in_climbmix, tmp_path):
+    rng = random.Random(6)
+    groups = [TEXTS, [document(rng, rng.randrange(3_000)) for _ in range(300)], [""], [document(rng, 500)] * 129]
+    docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split", 3, QUIET)
+    store = prepare.TokenStore(tmp_path / "split")
+    found = [[store.tokens[a:b].tolist() for a, b in zip(*batch, strict=True)] for batch in store.batches()]
+    expected = [live(in_climbmix, texts[at : at + 128]) for texts in groups for at in range(0, len(texts), 128)]
+    assert found == expected and store.tokens.dtype == "uint16"
+    assert (docs, count) == (sum(map(len, groups)), sum(len(ids) for batch in expected for ids in batch))
+
+
+def test_the_manifest_tells_what_is_stored(toy):
+    manifest, store = prepare.read_manifest(toy), prepare.TokenStore(toy / "train")
+    assert manifest["train_tokens"] == len(store.tokens)
+    assert manifest["train_docs"] == sum(len(starts) for starts, _ in store.batches())
+    assert manifest["val_rows"] * 257 * 2 == (toy / "val_rows.bin").stat().st_size
+    for name in ("val_rows.bin", "tokenizer.tiktoken"):  # which data a result is of
+        assert hashlib.sha256((toy / name).read_bytes()).hexdigest() in json.dumps(manifest)
+    assert set(manifest["files"]) >= {"tokenizer.tiktoken", "train.bin", "train.idx", "val_rows.bin"}
+
+
+# ======================================================================================================================
+# 5. Loader
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_packing_is_the_references(seed):
+    rng = random.Random(seed)
+    capacity, longest = rng.choice([(1, 3), (7, 5), (16, 40), (64, 20), (257, 300), (100, 1_000)])
+    edges, batches = 0, []
+    for _ in range(rng.randint(1, 25)):
+        starts, stops = [], []
+        for _ in range(rng.choice([0, 1, 127, 128])):
+            starts.append(edges)
+            edges += rng.randint(1, longest if rng.random() < 0.9 else 3 * longest)
+            stops.append(edges)
+        batches.append((starts, stops))
+    expected = [row for row, _ in reference.rows(
+        (([list(range(a, b)) for a, b in zip(*batch, strict=True)], 1) for batch in batches), capacity)]
+    found = list(prepare.pack_rows(batches, capacity))
+    assert [[i for a, b in row for i in range(a, b)] for row in found] == expected
+
+
+def test_batches_and_epochs_are_the_references(in_climbmix, climbmix, twin):
+    ours = prepare.make_dataloader(in_climbmix, 8, 2048, "train")
+    theirs = reference.loader(twin, climbmix[1][:2], 8, 2048)
+    epochs = []
+    for (inputs, targets, epoch), expected in zip(islice(ours, 64), theirs, strict=False):
+        assert torch.equal(inputs.cpu(), expected[0]) and torch.equal(targets.cpu(), expected[1])
+        assert epoch == expected[2]
+        epochs.append(epoch)
+    ours.close()
+    assert len(epochs) == 64 and set(epochs) == {1, 2}
+
+
+def test_validation_rows_are_the_references(in_climbmix, climbmix, twin):
+    expected = reference.validation_rows(twin, climbmix[1][2], 2048, 10_240)
+    rows = torch.frombuffer(bytearray((climbmix[0] / "climbmix-full/val_rows.bin").read_bytes()), dtype=torch.uint16)
+    assert len(expected) > 100 and rows.view(-1, 2049).tolist() == expected
+    loader = prepare.make_dataloader(in_climbmix, 4, 2048, "val")
+    assert next(loader)[0].tolist() == [row[:-1] for row in expected[:4]]
+    loader.close()
+
+
+def test_a_batch_is_int64_shifted_by_one_and_led_by_bos(toy):
+    tokenizer = prepare.Tokenizer.from_directory()
+    loader = prepare.make_dataloader(tokenizer, 5, 33, "train")
+    for inputs, targets, _ in islice(loader, 20):
+        assert inputs.shape == targets.shape == (5, 33) and inputs.dtype == targets.dtype == torch.int64
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        assert set(inputs[:, 0].tolist()) == {tokenizer.get_bos_token_id()}
+        assert inputs.device.type == prepare.default_device().type
+    loader.close()
+
+
+def test_a_batch_stays_as_it_is_while_the_thread_packs_ahead(toy):
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
+    for inputs, targets, _ in islice(loader, 3):
+        before = inputs.clone(), targets.clone()
+        time.sleep(0.05)
+        assert torch.equal(inputs, before[0]) and torch.equal(targets, before[1])
+    loader.close()
+
+
+def test_an_error_in_the_feeding_thread_reaches_the_reader(toy, monkeypatch):
+    def breaking(*args):
+        yield from islice(packed(*args), 8)
+        raise OSError("disk gone")
+
+    packed = prepare.pack_rows
+    monkeypatch.setattr(prepare, "pack_rows", breaking)
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
+    assert len(list(islice(loader, 2))) == 2
+    with pytest.raises(OSError, match="disk gone"):
+        next(loader)
+
+
+def test_closing_the_loader_ends_its_thread(toy):
+    before = set(threading.enumerate())
+    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
+    next(loader)
+    assert set(threading.enumerate()) - before
+    loader.close()
+    deadline = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
+
+
+@pytest.mark.parametrize("B, T, split", [(0, 8, "train"), (8, 0, "train"), (8, 8, "test")])
+def test_a_loader_that_cannot_be_says_so(toy, B, T, split):
+    with pytest.raises(ValueError, match="split"):
+        prepare.make_dataloader(prepare.Tokenizer.from_directory(), B, T, split)
+
+
+# ======================================================================================================================
+# 6. Evaluation
+
+
+class Causal(nn.Module):
+    """A small random model that sees the mean of what came before; a batch over `memory` rows is out of memory."""
+
+    def __init__(self, vocab_size, memory=math.inf):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.wte = nn.Parameter(torch.randn(vocab_size, 24, generator=generator))
+        self.lm_head = nn.Parameter(torch.randn(24, vocab_size, generator=generator))
+        self.memory, self.batches = memory, []
+
+    def forward(self, idx):
+        self.batches.append(len(idx))
+        if len(idx) > self.memory:
+            raise torch.OutOfMemoryError("simulated")
+        mean = self.wte[idx].cumsum(1) / torch.arange(1, idx.shape[1] + 1)[:, None]
+        return torch.tanh(mean + self.wte[idx]) @ self.lm_head
+
+
+class Uniform(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(self, idx):
+        return torch.zeros(*idx.shape, self.vocab_size, dtype=torch.bfloat16, device=idx.device)
+
+
+@pytest.fixture
+def rows(toy):
+    """The validation rows of the toy corpus, as lists."""
+    data = torch.frombuffer(bytearray((toy / "val_rows.bin").read_bytes()), dtype=torch.uint16)
+    return data.view(-1, prepare.MAX_SEQ_LEN + 1).tolist()
+
+
+@pytest.fixture(scope="module")
+def expected(toy):
+    """The reference's value for the random model."""
+    data = torch.frombuffer(bytearray((toy / "val_rows.bin").read_bytes()), dtype=torch.uint16)
+    tokenizer = prepare.Tokenizer.from_directory(toy)
+    return reference.bits_per_byte(Causal(512), reference.encoding(tokenizer.ranks), data.view(-1, 257).tolist())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 16, 33, 64])
+def test_bits_per_byte_are_the_references_whatever_the_batch(toy, expected, batch_size):
+    value = prepare.evaluate_bpb(Causal(512), prepare.Tokenizer.from_directory(), batch_size)
+    assert value == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_uniform_logits_cost_log2_v_a_token(rows, batch_size):
+    tokenizer = prepare.Tokenizer.from_directory()
+    targets = [target for row in rows for target in row[1:] if target < 508]
+    size = sum(len(tokenizer.enc.decode_single_token_bytes(target)) for target in targets)
+    value = prepare.evaluate_bpb(Uniform(512), tokenizer, batch_size)
+    assert value == pytest.approx(math.log2(512) * len(targets) / size, abs=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_is_in_eval_mode_and_restores_training_mode(toy, training):
+    model, modes = Causal(512).train(training), set()
+    model.register_forward_pre_hook(lambda module, _: modes.add((module.training, torch.is_grad_enabled())))
+    prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 8)
+    assert modes == {(False, False)} and model.training is training and torch.is_grad_enabled()
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing_else(toy, expected):
+    model = Causal(512, memory=2)
+    value = prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 64)
+    assert value == pytest.approx(expected, abs=1e-6) and max(model.batches) > 2
+    with pytest.raises(torch.OutOfMemoryError):
+        prepare.evaluate_bpb(Causal(512, memory=0), prepare.Tokenizer.from_directory(), 64)
+
+
+# ======================================================================================================================
+# 8. main, as a command
+
+MISTAKES = [
+    ["--num-shards", "0"], ["--data", "nowhere/at/all"], ["--data", str(SCRIPT.with_name("pyproject.toml"))],
+    ["--num-shards", "-2"], ["--num-shards", "6543"], ["--vocab-size", "259"], ["--vocab-size", "many"],
+    ["--scale", "huge"], ["--download-workers", "0"], ["--shards", "3"],
+]
+
+
+def start(cache, *args, **environment):
+    return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"AUTORESEARCH_CACHE": str(cache)} | environment, cwd=SCRIPT.parent)
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    """The first two as running commands, side by side: each takes seconds to import torch."""
+    root = tmp_path_factory.mktemp("mistakes")
+    return [(root / f"{i}", start(root / f"{i}", *MISTAKES[i])) for i in range(2)]
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_a_mistake_is_one_line_and_exit_2(mistakes, number):
+    cache, process = mistakes[number]
+    out, err = process.communicate()
+    assert process.returncode == 2 and out == "" and one_sentence(err).startswith("error: ")
+    assert MISTAKES[number][1] in err and not cache.exists()
+
+
+@pytest.mark.parametrize("args", MISTAKES, ids=" ".join)
+def test_every_mistake_is(cache, monkeypatch, capsys, args):
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
+    with pytest.raises(SystemExit) as error:
+        prepare.main()
+    out, err = capsys.readouterr()
+    assert error.value.code == 2 and out == "" and one_sentence(err).startswith("error: ") and args[0] in err
+    assert not cache.exists()
+
+
+def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache):
+    hub.folder = climbmix_like
+    process = start(cache, "--num-shards", "2", "--scale", "small", "--vocab-size", "600")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "") and "uv run train.py" in out
+    manifest = prepare.read_manifest(prepare.current_folder())
+    assert (manifest["data"], manifest["scale"], manifest["train_docs"]) == ("climbmix", "small", 6_000)
+    asked = len(hub.log)
+    before = (prepare.current_folder() / "manifest.json").stat().st_mtime_ns
+    prepare.prepare("climbmix", "small", 2, 600, 2)
+    assert len(hub.log) == asked == 6 and (prepare.current_folder() / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_missing_shard_is_exit_1_and_one_line(climbmix_like, hub, cache):
+    hub.folder = climbmix_like
+    process = start(cache, "--num-shards", "3", "--scale", "small")
+    out, err = process.communicate()
+    assert process.returncode == 1 and "shard_00002" in one_sentence(err) and "404" in err
+    assert not (cache / "current").exists()
