@@ -1,0 +1,398 @@
+"""train.py in the order of its sections; everything runs on the CPU through the functions a GPU uses."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import prepare
+import train
+
+ROOT = Path(__file__).parent.parent
+DECAYS = (0.0005, 0.004, 0.002, 0.125)
+
+
+def tiny_gpt(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = dict(
+        sequence_len=24, vocab_size=50, n_layer=3, n_embd=32, head_dim=16, mlp_ratio=4, windows=[5, 24, 24],
+        value_embed_every=2, rope_base=10_000, qk_gain=1.15, softcap=15.0, dtype=torch.float32, attention="sdpa",
+    )
+    return train.GPT(train.GPTConfig(**config | changes))
+
+
+def optimizers_of(model):
+    return train.build_optimizers(model, 0.04, 0.8, 0.008, 0.005, 0.5, (0.8, 0.95), DECAYS, compiled=False)
+
+
+def wake(model):
+    """Leave the initial state, in which projections are zero and nothing but the embedding shows."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def made_up_batches(model, B, n, T=24):
+    ids = torch.randint(model.config.vocab_size, (n, B, T + 1))
+    return [(row[:, :-1], row[:, 1:], 1) for row in ids]
+
+
+# Model
+
+
+def test_windows_repeat_the_pattern_and_end_in_a_full_layer():
+    assert train.layer_windows("SSSL", 6, 256, 2048) == [256, 256, 256, 2048, 256, 2048]
+    assert train.layer_windows("S", 2, 256, 128) == [128, 128]
+    with pytest.raises(ValueError, match="WINDOW_PATTERN = 'SX'"):
+        train.layer_windows("SX", 2, 256, 2048)
+
+
+def masked_softmax(q, k, v, window):
+    """Attention with a dense mask, (B, T, H, D): the obvious twin of attend()."""
+    T = q.size(1)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(-1))
+    scores = scores.masked_fill((distance < 0) | (distance > window), -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("T, window", [(1, 1), (7, 1), (64, 63), (130, 16), (200, 64), (200, 100), (256, 256), (99, 0)])
+def test_attend_is_masked_softmax_forward_and_backward(T, window):
+    torch.manual_seed(T)
+    ours = [torch.randn(2, T, 3, 16, requires_grad=True) for _ in range(3)]
+    twin = [x.detach().clone().requires_grad_() for x in ours]
+    weight = torch.randn(2, T, 3, 16)
+    y, z = train.attend(*ours, window, "sdpa"), masked_softmax(*twin, window)
+    (y * weight).sum().backward()
+    (z * weight).sum().backward()
+    torch.testing.assert_close(y, z, atol=2e-5, rtol=1e-4)
+    for a, b in zip(ours, twin, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=1e-4)
+
+
+def test_rotation_depends_on_distance_alone():
+    cos, sin = train.rotary(40, 16, 10_000)
+    q, k = torch.randn(16), torch.randn(16)
+    turned = [train.rotate(x.expand(1, 40, 1, 16), cos, sin)[0, :, 0] for x in (q, k)]
+    near, far = turned[0][5] @ turned[1][2], turned[0][33] @ turned[1][30]
+    torch.testing.assert_close(near, far, atol=1e-4, rtol=1e-4)
+    assert abs(near - turned[0][5] @ turned[1][3]) > 1e-3
+
+
+def test_no_logit_depends_on_a_later_token():
+    model = wake(tiny_gpt())
+    ids = torch.randint(50, (1, 24))
+    changed = ids.clone()
+    changed[0, 11:] = (ids[0, 11:] + 1) % 50
+    before, after = model(ids), model(changed)
+    torch.testing.assert_close(before[:, :11], after[:, :11])
+    assert not torch.allclose(before[:, 11:], after[:, 11:])
+
+
+def test_a_short_window_forgets():
+    model = wake(tiny_gpt(n_layer=1, windows=[3], value_embed_every=0))
+    ids = torch.randint(50, (1, 24))
+    changed = ids.clone()
+    changed[0, 0] = (ids[0, 0] + 1) % 50
+    same = torch.isclose(model(ids), model(changed), atol=1e-5).all(-1)[0]
+    assert same.tolist() == [False] * 4 + [True] * 20
+
+
+def test_an_untrained_model_knows_nothing():
+    model = tiny_gpt()
+    ids = torch.randint(50, (4, 24))
+    assert abs(train.loss_of(model, ids, ids).item() - math.log(50)) < 0.02
+
+
+def test_logits_stay_below_the_cap():
+    model = wake(tiny_gpt(softcap=2.0))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1_000)
+    assert 1.9 < model(torch.randint(50, (2, 24))).abs().max() <= 2.0
+
+
+@pytest.mark.parametrize("changes", [dict(n_embd=40), dict(head_dim=5), dict(n_embd=16)])
+def test_a_width_that_does_not_fit_is_named(changes):
+    with pytest.raises(ValueError, match="N_EMBD = .* multiple of the even HEAD_DIM"):
+        tiny_gpt(**changes)
+
+
+def test_a_row_longer_than_the_tables_is_named():
+    with pytest.raises(ValueError, match="25 tokens is longer than sequence_len 24"):
+        tiny_gpt()(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_flops_count_matmuls_and_visible_tokens():
+    model = tiny_gpt(value_embed_every=0)
+    per_layer = 12 * 32 * 32
+    assert model.flops_per_token() == 6 * (3 * per_layer + 32 * 50) + 12 * 32 * (5 + 24 + 24)
+
+
+# Optimizer
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (48, 12), (12, 48), (2, 3, 20, 20)])
+def test_orthogonalize_brings_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(train.orthogonalize(torch.randn(shape)))
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_orthogonalize_keeps_the_singular_vectors():
+    u, _, v = torch.linalg.svd(torch.randn(20, 20))
+    g = u @ torch.diag(torch.linspace(0.2, 2, 20)) @ v
+    torch.testing.assert_close(train.orthogonalize(g) @ v.T @ u.T, torch.eye(20), atol=0.3, rtol=0)
+    assert F.cosine_similarity(train.orthogonalize(g).flatten(), (u @ v).flatten(), dim=0) > 0.99
+
+
+def test_a_stack_is_updated_like_single_matrices():
+    weights, grads = torch.randn(3, 8, 12), torch.randn(3, 8, 12)
+    numbers = [torch.tensor(x) for x in (0.1, 0.9, 0.2)]
+    stacked, buffer = weights.clone(), torch.zeros_like(weights)
+    train.muon_update(stacked, grads.clone(), buffer, *numbers)
+    for i in range(3):
+        single = weights[i : i + 1].clone()
+        train.muon_update(single, grads[i : i + 1].clone(), torch.zeros(1, 8, 12), *numbers)
+        torch.testing.assert_close(stacked[i], single[0])
+
+
+def test_decay_is_cautious():
+    """A weight decays where the update moves it towards zero, and nowhere else."""
+    weights, grads = torch.ones(1, 6, 6), torch.randn(1, 6, 6)
+    update = train.orthogonalize(grads * 0.1 * 0.1 + grads * 0.1 * 0.9)
+    decayed = weights.clone()
+    train.muon_update(decayed, grads, torch.zeros_like(grads), *[torch.tensor(x) for x in (0.5, 0.9, 0.2)])
+    torch.testing.assert_close(decayed, weights - 0.5 * (update + 0.2 * (update >= 0)), atol=1e-4, rtol=0)
+
+
+def test_every_parameter_is_in_one_group():
+    model = tiny_gpt()
+    grouped = [p for optimizer in optimizers_of(model) for group in optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len({*map(id, grouped)}) == len([*model.parameters()])
+    assert optimizers_of(tiny_gpt(value_embed_every=0))
+    model.stray = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="stray.*exactly one group"):
+        optimizers_of(model)
+
+
+# Schedules
+
+
+@pytest.mark.parametrize("progress, expected", [(0, 1), (0.2, 1), (0.6, 0.52), (1, 0.04), (1.1, 0.04)])
+def test_learning_rate_falls_linearly_to_the_floor(progress, expected):
+    assert train.lr_scale(progress, 0.8, 0.04) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("progress, lr, momentum, decay", [
+    (0.0, 1.0, 0.85, 0.125), (0.025, 1.0, 0.885, 0.125 * 0.975**2), (0.6, 0.52, 0.92, 0.02), (1.0, 0.04, 0.92, 0),
+])
+def test_schedules_set_the_groups(progress, lr, momentum, decay):
+    adamw, muon = optimizers = optimizers_of(tiny_gpt())
+    train.set_schedules(optimizers, progress, 0.8, 0.04, (0.85, 0.92, 0.05))
+    assert muon.param_groups[0]["lr"] == pytest.approx(0.04 * lr)
+    assert muon.param_groups[0]["momentum"] == pytest.approx(momentum)
+    assert muon.param_groups[0]["weight_decay"] == pytest.approx(decay)
+    assert [group["lr"] / group["initial_lr"] for group in adamw.param_groups] == pytest.approx([lr] * 5)
+    assert adamw.param_groups[0]["weight_decay"] == 0.0005
+
+
+# Training
+
+
+@pytest.mark.parametrize("rows, at_most, expected", [(64, 64, (64, 1)), (64, 16, (16, 4)), (65, 64, (33, 2)),
+                                                     (96, 64, (48, 2)), (1, 64, (1, 1)), (97, 64, (49, 2))])
+def test_any_batch_is_split(rows, at_most, expected):
+    assert train.split_batch(rows, at_most) == expected
+
+
+def test_accumulation_changes_nothing():
+    models = [tiny_gpt(), tiny_gpt()]
+    batches = made_up_batches(models[0], 8, 1)
+    halves = [(x[i : i + 4], y[i : i + 4], 1) for x, y, _ in batches for i in (0, 4)]
+    losses = [train.train_step(train.loss_of, model, optimizers_of(model), iter(data), len(data))
+              for model, data in zip(models, (batches, halves), strict=True)]
+    torch.testing.assert_close(*losses)
+    # a whole Adam step hangs on the sign of a gradient: compare what is far from that
+    for a, b in zip(models[0].blocks.parameters(), models[1].blocks.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
+
+
+def test_training_learns():
+    model = tiny_gpt()
+    optimizers = optimizers_of(model)
+    batches = iter(made_up_batches(model, 4, 1) * 40)
+    losses = [float(train.train_step(train.loss_of, model, optimizers, batches, 1)) for _ in range(40)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def run_steps(model, optimizers, steps=3):
+    torch.manual_seed(5)
+    batches = iter(made_up_batches(model, 4, steps))
+    return [float(train.train_step(train.loss_of, model, optimizers, batches, 1)) for _ in range(steps)]
+
+
+def test_warm_up_leaves_no_trace():
+    cold, warm = tiny_gpt(), tiny_gpt()
+    cold_optimizers, warm_optimizers = optimizers_of(cold), optimizers_of(warm)
+    state = torch.get_rng_state()
+    train.warm_up(train.loss_of, warm, warm_optimizers, 4, 4, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert run_steps(cold, cold_optimizers) == run_steps(warm, warm_optimizers)
+    for a, b in zip(cold.state_dict().values(), warm.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_out_of_memory_halves_the_rows(capsys):
+    def loss_fn(model, idx, targets):
+        if len(idx) > 3:
+            raise torch.OutOfMemoryError
+        return train.loss_of(model, idx, targets)
+
+    model = tiny_gpt()
+    assert train.warm_up(loss_fn, model, optimizers_of(model), 12, 12, torch.device("cpu")) == (3, 4)
+    assert "out of memory with 12 rows of a forward; trying 6" in capsys.readouterr().out
+
+
+def run_train(script, seconds, cwd=ROOT, **env):
+    env = os.environ | dict(AUTORESEARCH_TIME_BUDGET=str(seconds), PYTHONPATH=str(ROOT)) | env
+    return subprocess.run([sys.executable, script], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
+
+
+def block(output):
+    return dict(re.split(r":\s+", line, maxsplit=1) for line in output.rpartition("---\n")[2].splitlines())
+
+
+def losses(output):
+    return [float(x) for x in re.findall(r"^step \d+ .* loss ([\d.]+)", output, re.M)]
+
+
+def test_one_experiment_from_start_to_report(toy):
+    first = run_train("train.py", 3)
+    assert (first.returncode, first.stderr) == (0, "")
+    report = block(first.stdout)
+    assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
+                             "total_tokens_M", "num_steps", "num_params_M", "depth"]
+    assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
+    assert 3 <= float(report["training_seconds"]) < 5
+    assert 0 < float(report["val_bpb"]) < 4
+    assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.5
+    assert "\r" not in first.stdout
+
+
+@pytest.fixture
+def small_main(toy, monkeypatch):
+    """main() with a model that a test can wait for, one second long."""
+    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
+    for name, value in dict(DEPTH=2, N_EMBD=64, HEAD_DIM=32, TOTAL_BATCH=1024, COMPILE=False).items():
+        monkeypatch.setattr(train, name, value)
+    return train.main
+
+
+def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, capsys):
+    seen = []
+    for seed in ("42", "42", "7"):
+        monkeypatch.setenv("AUTORESEARCH_SEED", seed)
+        small_main()
+        seen.append(losses(capsys.readouterr().out))
+    first, again, other = seen
+    assert first[0] == again[0] and first[1:3] == pytest.approx(again[1:3], abs=1e-4)
+    assert other[2] != pytest.approx(again[2], abs=1e-4)
+
+
+def test_constants_set_from_outside_are_obeyed(small_main, capsys):
+    assert small_main()["depth"] == 2
+    assert "a step: 1 x 4 rows of 256 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, value, low", [("AUTORESEARCH_TIME_BUDGET", "soon", 1), ("AUTORESEARCH_SEED", "1.5", 0),
+                                              ("AUTORESEARCH_TIME_BUDGET", "-3", 1)])
+def test_a_bad_number_in_the_environment_is_named(toy, monkeypatch, name, value, low):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(prepare.PrepareError, match=f"error: {name}='{value}' is not a number of at least {low}; set"):
+        train.main()
+
+
+def test_no_prepared_data_is_one_sentence(tmp_path):
+    run = run_train("train.py", 1, AUTORESEARCH_CACHE=str(tmp_path))
+    assert run.returncode == 1 and run.stdout == ""
+    assert re.fullmatch(r"error: no prepared data in .*; run: uv run prepare.py .*\n", run.stderr)
+
+
+# The interface of the original: a train.py that knows its five names and nothing else
+
+FIVE_NAMES = """
+import torch, torch.nn as nn, torch.nn.functional as F
+from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb
+
+class Bigram(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        logits = self.table(idx)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1, reduction=reduction)
+
+tokenizer = Tokenizer.from_directory()
+assert tokenizer.decode(tokenizer.encode(["a b"], prepend=tokenizer.get_bos_token_id())[0]) == "<|reserved_0|>a b"
+model = torch.compile(Bigram(tokenizer.get_vocab_size()), backend="eager")
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+loader = make_dataloader(tokenizer, 4, MAX_SEQ_LEN, "train")
+print("before:", evaluate_bpb(model, tokenizer, 4))
+for step in range(30):
+    x, y, epoch = next(loader)
+    loss = model(x, y)
+    loss.backward()
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+with torch.autocast("cpu", torch.bfloat16):
+    print("after:", evaluate_bpb(model, tokenizer, 4))
+print("budget:", TIME_BUDGET)
+"""
+
+
+def test_a_train_py_of_the_original_runs(toy, tmp_path):
+    (tmp_path / "train.py").write_text(FIVE_NAMES)
+    run = run_train("train.py", 5, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = dict(line.split(": ") for line in run.stdout.splitlines())
+    assert float(said["after"]) < 0.8 * float(said["before"])
+    assert float(said["budget"]) == 5
+
+
+# Import
+
+
+def test_import_is_silent_and_needs_neither_data_nor_gpu(tmp_path):
+    code = "import prepare, train, torch; assert not torch.cuda.is_initialized()"
+    env = os.environ | dict(AUTORESEARCH_CACHE=str(tmp_path / "none"))
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_main_reads_the_constants():
+    source = (ROOT / "train.py").read_text()
+    constants = {*re.findall(r"\b([A-Z][A-Z0-9_]+)\b", re.sub("#.*", "", source[: source.index("# === Model")]))}
+    constants = {name for name in constants if hasattr(train, name)} - {"SCALE", "GPT"}
+    assert len(constants) > 20
+    body = source[source.index("# === Model") : source.index("def main")]
+    code = re.sub(r'"""[\s\S]*?"""|#.*|"[^"\n]*"', "", body)
+    assert not [name for name in constants if re.search(rf"\b{name}\b", code)]
+    main = source[source.index("def main") :]
+    assert not [name for name in constants if not re.search(rf"\b{name}\b", main)]
+
+
+def test_prepare_offers_the_names_of_the_original(toy):
+    assert prepare.MAX_SEQ_LEN == 256 and prepare.TIME_BUDGET == 300
+    with pytest.raises(AttributeError):
+        prepare.NO_SUCH_NAME  # noqa: B018
