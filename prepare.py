@@ -12,16 +12,22 @@ are read from its manifest. Eight rooms, each using only those above it: grep -A
 import argparse
 import base64
 import bisect
+import fcntl
 import hashlib
 import json
 import math
 import os
+import random
 import re
+import select
 import shutil
+import signal
+import subprocess
 import sys
 import sysconfig
 import time
-from collections import deque
+import traceback
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise, repeat
 from pathlib import Path
@@ -588,74 +594,239 @@ def make_dataloader(tokenizer, B, T, split, device=None):
 # used by: the report, train.py
 
 EVAL_ROWS = 16  # of a forward at most: 16 x 2048 x 8192 logits are 1 GiB in fp32
+PROBES = 3  # moments of the scoring, at random, at which the model is probed
+
+
+class Refused(Exception):
+    """The model, or what was done to the referee, does not allow a score; says why."""
+
+
+def model_state(model):
+    """Copies of parameters and buffers, on the CPU."""
+    return [value.detach().cpu().clone() for value in [*model.parameters(), *model.buffers()]]
+
+
+def probe(forward, inputs, logits, vocab_size):
+    """Refuse a model unless the scored `logits` (B, T, V) of `inputs` (B, T) stand up to other inputs.
+
+    Two forwards of the same input must agree; how well they do is the tolerance for the rest. A row's logits must not
+    depend on the other rows, nor a position's on later ones: 1, T - 1 and lengths at random of a prefix are tried.
+    """
+    B, T = inputs.shape
+    scale, rng = float(logits.abs().max()), random.SystemRandom()
+    noise = float((forward(inputs) - logits).abs().max())
+    if noise > 0.02 * scale:
+        raise Refused(f"two forwards of the same input differ by {noise:.2g} in their logits: they must not be random, "
+                      "nor remember what was scored")
+    allowed = 4 * noise + 1e-4 * scale
+    others = (inputs + torch.randint_like(inputs, 1, vocab_size)) % vocab_size  # another token everywhere
+    if B > 1:
+        kept = rng.randrange(B)
+        mixed = others.clone()
+        mixed[kept] = inputs[kept]
+        if float((forward(mixed)[kept] - logits[kept]).abs().max()) > allowed:
+            raise Refused("the logits of a row depend on the other rows of the batch")
+    lengths = [1, max(1, T - 1), *(rng.randrange(1, T + 1) for _ in range(max(2, B - 2)))]
+    for at in range(0, len(lengths), B):
+        prefix = torch.tensor((lengths[at : at + B] + [1] * B)[:B], device=inputs.device)[:, None]
+        seen = torch.arange(T, device=inputs.device) < prefix  # (B, T)
+        change = (forward(torch.where(seen, inputs, others)) - logits).abs().amax(-1) * seen
+        if float(change.max()) > allowed:
+            row = int(change.amax(-1).argmax())
+            raise Refused(f"the model sees the future: tokens from position {int(prefix[row])} on change the logits "
+                          f"of position {int(change[row].argmax())} by {float(change.max()):.2g}")
 
 
 @torch.no_grad()
 def evaluate_bpb(model, tokenizer, batch_size):
-    """Validation bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size].
+    """Validation bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]; raises Refused.
 
-    The mean code length, in bits per UTF-8 byte, of the targets of the fixed validation rows; special tokens carry no
-    bytes and are left out of both sums. The loss is computed here: from the logits, in fp32, summed in fp64. Each row
-    is read once, whatever `batch_size`, which out of memory halves.
+    The mean code length, in bits per UTF-8 byte, of the targets of the fixed validation rows under a causal model;
+    special tokens carry no bytes and are left out of both sums. The loss is computed here: from the logits, in fp32,
+    summed in fp64. Each row is read once, whatever `batch_size`, which out of memory halves.
     """
-    folder = current_folder()
-    rows = np.fromfile(folder / "val_rows.bin", dtype=np.uint16).reshape(-1, read_manifest()["seq_len"] + 1)
+    rows = np.fromfile(current_folder() / "val_rows.bin", dtype=np.uint16).reshape(-1, read_manifest()["seq_len"] + 1)
     device = next((p.device for p in model.parameters()), default_device())
     token_bytes, batch = tokenizer.get_token_bytes(), max(1, min(batch_size, EVAL_ROWS))
-    was_training = model.training
+    was_training, state = model.training, model_state(model)
     model.eval()
-    nats, total_bytes, at = 0.0, 0, 0
+
+    def forward(inputs):
+        logits = model(inputs)
+        if logits.shape != (*inputs.shape, len(token_bytes)) or not bool(torch.isfinite(logits).all()):
+            raise Refused(f"logits of shape {[*logits.shape]} for inputs {[*inputs.shape]}: they must be finite, and "
+                          f"{len(token_bytes)} to a token")
+        return logits.detach().float()
+
+    moments = sorted(random.SystemRandom().choices(range(len(rows)), k=PROBES))
+    nats, total_bytes, at, first = 0.0, 0, 0, None
     while at < len(rows):
         ids = torch.from_numpy(rows[at : at + batch].astype(np.int64))
-        targets = ids[:, 1:].flatten()
+        inputs, targets = ids[:, :-1].to(device), ids[:, 1:].flatten()
         try:
-            logits = model(ids[:, :-1].to(device))
+            logits = forward(inputs)
             with torch.autocast(device.type, enabled=False):
-                losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(device), reduction="none").cpu()
+                losses = F.cross_entropy(logits.flatten(0, 1), targets.to(device), reduction="none").cpu()
+            if moments and moments[0] < at + batch:
+                probe(forward, inputs, logits, len(token_bytes))
+                first = first or (inputs, logits)
+                if not all(map(torch.equal, state, model_state(model))):
+                    raise Refused("parameters or buffers change while the model is scored")
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
             batch //= 2
             continue
+        moments = [moment for moment in moments if moment >= at + batch]
         nats += float(losses.double()[token_bytes[targets] > 0].sum())
         total_bytes += int(token_bytes[targets].sum())
         at += len(ids)
+    probe(forward, *first, len(token_bytes))  # once more: nothing scored since may have left a trace
+    if not all(map(torch.equal, state, model_state(model))):
+        raise Refused("parameters or buffers change while the model is scored")
     model.train(was_training)
     return nats / (math.log(2) * total_bytes)
 
 
 # === 7. Clock and report ==============================================================================================
-# reads: the clock, the environment
-# writes: standard output
+# reads: the clock, the environment, git, <root>/runs.jsonl
+# writes: standard output, results.tsv, <root>/runs.jsonl, <root>/<device>.lock
 # used by: train.py
 
+GRACE = 300.0  # seconds a run may take beside its time budget
+REPOSITORY = Path(__file__).parent
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"  # of results.tsv
 PEAK_FLOPS = {  # dense bf16, by a part of the device's name; the first that matches counts
     "B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12, "A100": 312e12,
     "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "NVIDIA L4": 121e12,
 }
 
 
-class Run:
-    """One experiment: `with Run() as run:`, in it run.start(), run.progress() and run.step() in a loop, run.score().
+def git(*words):
+    run = subprocess.run(["git", "-C", REPOSITORY, *words], capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
 
-    From start() on everything is on the clock: data, Python, logging. The end of the block prints the report.
+
+def fingerprint():
+    """What a player could replace at run time: constants by value, functions and methods by their code."""
+    things = globals() | {f"Run.{name}": value for name, value in vars(Run).items()}
+    return {name: repr(value) if name.isupper() else id(getattr(value, "__code__", value))
+            for name, value in things.items() if not name.startswith("_") and name != "PRISTINE"}
+
+
+def append_line(path, line):
+    """Append in one write, after a newline where a kill has left half a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            line = line if f.read(1) == b"\n" else f"\n{line}"
+        f.write(f"{line}\n".encode())
+
+
+def whole_lines(path):
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
+
+
+class Run:
+    """One experiment: `with Run(globals()) as run:`, in it run.start(), run.progress() and run.step(), run.score().
+
+    From start() on everything is on the clock: data, Python, logging. Whatever ends the block, the report is printed
+    and written to the journal, for a standard run also to results.tsv. A process beside it does that for a run that
+    is killed, and kills a run that takes GRACE seconds more than its budget.
     """
 
-    def __init__(self):
-        self.data, self.budget = read_manifest(), __getattr__("TIME_BUDGET")
-        self.seed = env_number("AUTORESEARCH_SEED", 42, 0)
-        self.device, self.opened = default_device(), time.monotonic()
-        self.facts = dict(depth=0, num_params=0, flops_per_token=0, attention="n/a")
-        self.num_steps, self.total_tokens, self.losses, self.late_loss, self.next_line = 0, 0, [], None, 0.0
+    def __init__(self, constants=None, grace=GRACE):
+        self.opened, self.budget = time.monotonic(), __getattr__("TIME_BUDGET")
+        self.seed, self.grace = env_number("AUTORESEARCH_SEED", 42, 0), grace
+        self.standard = not {"AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_SEED"} & os.environ.keys()
+        self.data, self.started, self.witness = read_manifest(), None, None
+        self.losses, self.late_loss, self.next_line = [], None, 0.0
+        dirty = "+" if git("status", "--porcelain", "--", "train.py", "prepare.py") else ""
+        files = {name: sha256[:16] for name, (_, sha256) in self.data["files"].items()}
+        self.record = dict(  # what the report and the journal say
+            num_steps=0, total_tokens=0, num_params=0, flops_per_token=0, depth=0, attention="n/a", device="n/a",
+            peak_vram_mb=0.0, training_seconds=0.0, startup_seconds=0.0, eval_seconds=0.0, val_bpb=None, seed=self.seed,
+            standard=self.standard, time_budget=self.budget, data=f"{self.data['data']}-{self.data['scale']}",
+            commit=(git("rev-parse", "--short=7", "HEAD") or "none") + dirty, branch=git("branch", "--show-current"),
+            description=git("log", "-1", "--format=%s"), repository=str(REPOSITORY), torch=torch.__version__,
+            prepare=sha256_of(__file__)[:16], tokenizer=files["tokenizer.tiktoken"], val_rows=files["val_rows.bin"],
+            constants={name: value for name, value in (constants or {}).items()
+                       if name.isupper() and isinstance(value, int | float | str | tuple)},
+        )
+
+    def __enter__(self):
+        sys.stdout.flush()
+        told, self.pipe = os.pipe()
+        self.watcher = os.fork()
+        if self.watcher == 0:
+            try:
+                self.watch(told)
+            finally:
+                os._exit(0)
+        os.close(told)
+        try:
+            self.device = default_device()
+            self.lock()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+        return self
+
+    def lock(self):
+        """Hold the device's lock until the end of the run, or refuse the run."""
+        unit, name = "cpu", f"cpu ({torch.get_num_threads()} threads)"
+        if self.device.type == "cuda":
+            name, unit = torch.cuda.get_device_name(), f"cuda-{torch.cuda.get_device_properties(0).uuid}"
+        path = cache_root() / f"{unit}.lock"
+        self.lock_file = open(path, "a+")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = path.read_text().strip()
+            raise Refused(f"{name} is taken: process {holder} trains on it, and both timings would be wrong; wait for "
+                          "it, stop it, or choose another GPU with CUDA_VISIBLE_DEVICES") from None
+        self.lock_file.truncate(0)
+        self.lock_file.write(f"{os.getpid()}\n")
+        self.lock_file.flush()
+        self.note(device=name)
+
+    def watch(self, told):
+        """In a process of its own: follow the run through the pipe `told`; report it if it is killed or hangs."""
+        os.setsid()
+        os.close(self.pipe)
+        text, left = b"", 1.0
+        while left > 0:
+            left = self.opened + self.budget + self.grace - time.monotonic()
+            if select.select([told], [], [], max(0.0, left))[0]:
+                text = text[text.rfind(b"\n", 0, -1) + 1 :]
+                block = os.read(told, 1 << 16)
+                if not block and text.endswith(b"{}\n"):  # the run has reported itself
+                    return
+                text += block
+                if not block:
+                    break
+        for line in text.splitlines()[-1:]:
+            self.record |= json.loads(line)
+        if left <= 0:
+            os.kill(os.getppid(), signal.SIGSTOP)
+            self.finish("timeout", f"not over {self.grace:.0f} s after its time budget of {self.budget:.0f} s")
+            os.kill(os.getppid(), signal.SIGKILL)
+        else:
+            self.finish("crash", "killed from outside, or by the system when memory ran out")
+
+    def tell(self, record):
+        os.write(self.pipe, json.dumps(record).encode() + b"\n")
 
     def note(self, **facts):
         """Tell the report what was built: depth, num_params, flops_per_token, attention."""
-        self.facts |= facts
+        self.record |= facts
+        self.tell({key: value for key, value in self.record.items() if key != "constants"})
 
     def start(self):
         """Start the clock; all before was start-up."""
         self.synchronize()
-        self.started = time.monotonic()
+        self.started, self.witness = time.monotonic(), time.perf_counter()
+        self.note(startup_seconds=self.started - self.opened)
 
     def progress(self):
         """Share of the time budget used so far; the run is over at 1."""
@@ -668,67 +839,119 @@ class Run:
     def step(self, loss, tokens):
         """Count an optimizer step on `tokens` tokens. Its loss, a tensor, is read one step late to spare a wait."""
         self.read_loss()
-        self.late_loss, self.num_steps, self.total_tokens = loss, self.num_steps + 1, self.total_tokens + tokens
+        self.late_loss = loss
+        self.record["num_steps"] += 1
+        self.record["total_tokens"] += tokens
 
     def read_loss(self):
         if self.late_loss is None:
             return
         self.losses.append(float(self.late_loss))
+        steps, progress, live = self.record["num_steps"], self.progress(), sys.stdout.isatty()
         if not math.isfinite(self.losses[-1]):
-            raise FloatingPointError(f"training loss is {self.losses[-1]} at step {self.num_steps}")
-        progress, live = self.progress(), sys.stdout.isatty()
-        if self.num_steps <= 3 or progress >= self.next_line:  # a file gets a line every 5%, a terminal a live one
+            raise FloatingPointError(f"training loss is {self.losses[-1]} at step {steps}")
+        if steps <= 3 or progress >= self.next_line:  # a file gets a line every 5%, a terminal a live one
             self.next_line = 0 if live else math.floor(20 * progress + 1) / 20
-            recent = self.losses[-20:]
-            print(f"step {self.num_steps:05d} | {100 * progress:5.1f}% | loss {sum(recent) / len(recent):.6f} | "
-                  f"{self.total_tokens / (progress * self.budget):,.0f} tok/s | "
-                  f"{max(0, 1 - progress) * self.budget:.0f} s left ", end="\r" if live else "\n", flush=True)
+            recent, rate = self.losses[-20:], self.record["total_tokens"] / (progress * self.budget)
+            print(f"step {steps:05d} | {100 * progress:5.1f}% | loss {sum(recent) / len(recent):.6f} | "
+                  f"{rate:,.0f} tok/s | {max(0, 1 - progress) * self.budget:.0f} s left ",
+                  end="\r" if live else "\n", flush=True)
+            self.note(training_seconds=progress * self.budget)
 
     def score(self, model, tokenizer, batch_size):
-        """Stop the clock and evaluate `model`; returns val_bpb."""
+        """Stop the clock, evaluate `model`, once, and return its val_bpb."""
         self.read_loss()
         self.synchronize()
-        self.stopped = time.monotonic()
-        self.val_bpb = evaluate_bpb(model, tokenizer, batch_size)
-        self.scored = time.monotonic()
-        return self.val_bpb
+        seconds, begun = time.monotonic() - self.started, time.monotonic()
+        self.note(training_seconds=seconds)
+        if self.record["val_bpb"] is not None:
+            raise Refused("scored twice: a run has one score")
+        if abs(time.perf_counter() - self.witness - seconds) > 1 or self.budget != __getattr__("TIME_BUDGET"):
+            raise Refused("the clock was set: start() and the time budget must stay as they are")
+        if not 0.98 * self.budget <= seconds <= max(1.05 * self.budget, self.budget + 10):
+            raise Refused(f"trained for {seconds:.1f} s of a budget of {self.budget:.1f} s: stop when progress() is 1")
+        self.note(val_bpb=evaluate_bpb(model, tokenizer, batch_size))
+        now = fingerprint()
+        changed = [name for name in PRISTINE if now.get(name) != PRISTINE[name]]
+        if changed:
+            raise Refused(f"prepare.py was changed at run time: {', '.join(changed)}")
+        self.note(eval_seconds=time.monotonic() - begun)
+        return self.record["val_bpb"]
 
-    def summary(self):
-        """The report's keys and values; the first nine are the original's."""
-        seconds = self.stopped - self.started
-        name, vram, mfu = f"cpu ({torch.get_num_threads()} threads)", 0.0, "n/a"
-        if self.device.type == "cuda":
-            name, vram = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
-            peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-            mfu = f"{100 * self.facts['flops_per_token'] * self.total_tokens / seconds / peak:.2f}" if peak else "n/a"
-        return dict(
-            val_bpb=f"{self.val_bpb:.6f}",
-            training_seconds=f"{seconds:.1f}",
-            total_seconds=f"{time.monotonic() - self.opened:.1f}",
-            peak_vram_mb=f"{vram:.1f}",
-            mfu_percent=mfu,
-            total_tokens_M=f"{self.total_tokens / 1e6:.1f}",
-            num_steps=self.num_steps,
-            num_params_M=f"{self.facts['num_params'] / 1e6:.1f}",
-            depth=self.facts["depth"],
-            status="ok",
-            tokens_per_second=f"{self.total_tokens / seconds:.0f}",
-            startup_seconds=f"{self.started - self.opened:.1f}",
-            eval_seconds=f"{self.scored - self.stopped:.1f}",
-            device=name,
-            attention=self.facts["attention"],
-            seed=self.seed,
-            data=f"{self.data['data']}-{self.data['scale']}",
+    def __exit__(self, kind, error, trace):
+        endings = ((Refused, "refused"), (FloatingPointError, "nan"), ((torch.OutOfMemoryError, MemoryError), "oom"))
+        status = next((status for kinds, status in endings if isinstance(error, kinds)), "crash" if error else "ok")
+        reason = f"{kind.__name__}: {error}" if status in ("crash", "oom") else str(error or "")
+        if isinstance(error, KeyboardInterrupt):
+            reason = "interrupted"
+        if status == "ok" and self.record["val_bpb"] is None:
+            status, reason = "crash", "the run ended without a score"
+        if status == "crash" and error and not isinstance(error, KeyboardInterrupt):
+            traceback.print_exception(error)
+        if torch.cuda.is_initialized():
+            self.record["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        self.finish(status, reason)
+        self.lock_file.close()
+        self.tell({})
+        os.close(self.pipe)
+        os.waitpid(self.watcher, 0)
+        if status != "ok":
+            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+    def finish(self, status, error=""):
+        """Print the report and log it."""
+        r, words = self.record, " ".join(error.split())[:500]
+        r |= dict(status=status, error=words, total_seconds=time.monotonic() - self.opened, time=time.time())
+        r["loss_curve"] = [round(loss, 4) for loss in self.losses[:: max(1, len(self.losses) // 20)]]
+        rate, peak = 0.0, next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
+        if r["training_seconds"]:
+            rate = r["total_tokens"] / r["training_seconds"]
+        kept = [float(row[1]) for row in map(str.split, self.results()) if row[3:4] == ["keep"]]
+        verdict = "keep" if status == "ok" and r["val_bpb"] < min(kept, default=math.inf) else "discard"
+        lines = dict(
+            val_bpb=f"{r['val_bpb']:.6f}" if status == "ok" else None,
+            training_seconds=f"{r['training_seconds']:.1f}",
+            total_seconds=f"{r['total_seconds']:.1f}",
+            peak_vram_mb=f"{r['peak_vram_mb']:.1f}",
+            mfu_percent=f"{100 * r['flops_per_token'] * rate / peak:.2f}" if peak else "n/a",
+            total_tokens_M=f"{r['total_tokens'] / 1e6:.1f}",
+            num_steps=r["num_steps"],
+            num_params_M=f"{r['num_params'] / 1e6:.1f}",
+            depth=r["depth"],
+            status=status,
+            error=words or None,
+            verdict=f"{verdict} (best was {min(kept):.6f})" if kept else f"{verdict} (first)",
+            tokens_per_second=f"{rate:.0f}",
+            startup_seconds=f"{r['startup_seconds']:.1f}",
+            eval_seconds=f"{r['eval_seconds']:.1f}",
+            **{key: r[key] for key in ("device", "attention", "seed", "data", "commit")},
         )
+        if not self.standard:
+            lines["verdict"] = "none: AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set, so not in results.tsv"
+        self.report = {key: value for key, value in lines.items() if value is not None}
+        if self.standard:
+            row = [r["commit"], "0.000000", "0.0", "crash", " ".join(r["description"].split())]
+            if status == "ok":
+                row[1:4] = f"{r['val_bpb']:.6f}", f"{r['peak_vram_mb'] / 1024:.1f}", verdict
+            r["row"] = "\t".join(row)
+        append_line(cache_root() / "runs.jsonl", json.dumps(r))
+        if self.standard:
+            write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in self.results()))
+        print("---", *(f"{key + ':':<17} {value}" for key, value in self.report.items()), sep="\n", flush=True)
 
-    def __enter__(self):
-        return self
+    def results(self):
+        """The lines of results.tsv and, after them, those that git took out of it: the journal has every row."""
+        lines = whole_lines(REPOSITORY / "results.tsv") or [HEADER]
+        missing = Counter()
+        for line in whole_lines(cache_root() / "runs.jsonl"):
+            record = json.loads(line) if line.endswith("}") else {}
+            if record.get("row") and all(record[key] == self.record[key] for key in ("repository", "branch")):
+                missing[record["row"]] += 1
+        missing.subtract(lines)
+        return lines + [row for row, count in missing.items() for _ in range(count)]
 
-    def __exit__(self, kind, error, traceback):
-        if error is None:
-            print("---")
-            for key, value in self.summary().items():
-                print(f"{key + ':':<17} {value}")
+
+PRISTINE = fingerprint()
 
 
 # === 8. main: prepare one corpus and make it current ==================================================================

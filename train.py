@@ -407,7 +407,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
 
 
 def main():
-    with Run() as run:
+    with Run(globals()) as run:
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
         bf16 = run.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
@@ -439,7 +439,7 @@ def main():
             loss = train_step(loss_fn, model, optimizers, batches, forwards)
             run.step(loss, forwards * micro * T)
         run.score(model, tokenizer, micro)
-    return run.summary()
+    return run.report
 
 
 if __name__ == "__main__":

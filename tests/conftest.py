@@ -44,7 +44,7 @@ def sentence(rng):
         end = rng.choice([". ", ", and ", "! ", ".\n", ".\n\n"])
         return " ".join(rng.choices(LATIN, ZIPF, k=rng.randint(4, 16))) + end
     if kind < 0.85:
-        return f"def {rng.choice(LATIN)}_{rng.choice(LATIN)}(x):\n    return x + {rng.randrange(10_000)}\n\n"
+        return f"def {rng.choice(LATIN)}_{rng.choice(LATIN)}(x):\n    return x + {rng.randrange(1_970, 2_030)}\n\n"
     if kind < 0.95:
         return "，".join(rng.choices(CHINESE, k=6)) + "。 "
     return f" {rng.choice(EMOJI)} "
@@ -73,9 +73,9 @@ def toy_text(tmp_path_factory):
     (folder / "below").mkdir(parents=True)
     for name in ("a.txt", "b.md", "c.py", "below/d.txt"):
         (folder / name).write_text(document(rng, 60_000), encoding="utf-8")
-    lines = [json.dumps({"text": document(rng, 900)}) for _ in range(80)]
+    lines = [json.dumps({"text": document(rng, rng.choice([50, 150, 1_500]))}) for _ in range(80)]
     (folder / "e.jsonl").write_text("\n".join(lines) + "\n")
-    write_shard(folder / "f.parquet", [[document(rng, 900) for _ in range(50)] for _ in range(2)])
+    write_shard(folder / "f.parquet", [[document(rng, rng.choice([50, 150, 1_500])) for _ in range(50)] for _ in "ab"])
     (folder / "not-text.bin").write_bytes(bytes(range(256)))
     return folder
 

@@ -20,8 +20,9 @@ class Hub:
     """`with Hub(folder) as hub:` serves the files of `folder` as those of any dataset at hub.endpoint.
 
     hub.log holds (host, path, headers) of every request, host being 'hub' or 'cdn'. hub.faults is a queue, one for each
-    answer of the CDN to come: 'busy' (503), 'cut' (half the body, then the line breaks), 'whole' (deaf to ranges),
-    'wrong' (other bytes, as many) or None. The two hosts differ in name, as they must for requests to drop a token.
+    answer of the CDN to come: 'busy' (503), 'cut' (half the body, then the line breaks), 'unsized' (so, and its length
+    was not told), 'whole' (deaf to ranges), 'wrong' (other bytes, as many) or None. The two hosts differ in name, as
+    they must for requests to drop a token.
     """
 
     def __init__(self, folder):
@@ -81,9 +82,10 @@ def serve(hub, request):
     begin = int(request.headers.get("Range", "bytes=0-")[len("bytes="):].partition("-")[0])
     if fault == "busy":
         reply(request, 503, b"busy")
-    elif fault == "cut":
+    elif fault in ("cut", "unsized"):
         request.send_response(206 if begin else 200)
-        request.send_header("Content-Length", str(len(data) - begin))
+        if fault == "cut":
+            request.send_header("Content-Length", str(len(data) - begin))
         request.end_headers()
         request.wfile.write(data[begin : (begin + len(data)) // 2])
         request.close_connection = True
