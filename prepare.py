@@ -91,7 +91,7 @@ def read_manifest(folder=None):
         for name, (size, _) in manifest["files"].items():
             if (folder / name).stat().st_size != size:
                 raise ValueError(f"{name} does not have the {size:,} bytes prepared")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py (--help: the corpora)") from None
     return manifest
 
@@ -144,12 +144,15 @@ def in_order(function, items, workers):
     """Yield function(item) in order, computed by `workers` threads up to two items each ahead of the reader."""
     ahead = deque()
     with ThreadPoolExecutor(workers) as pool:
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > 2 * workers:
+        try:
+            for item in items:
+                ahead.append(pool.submit(function, item))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
                 yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # === 2. Corpus: lists of documents for training and validation, downloaded or found ===================================
@@ -193,7 +196,7 @@ def fetch(session, url, part, bar):
         length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
         if response.status_code != 416:
             with open(part, "ab" if response.status_code == 206 else "wb") as f:
-                for block in response.iter_content(1 << 20):
+                for block in response.iter_content(1 << 16):
                     f.write(block)
                     bar.update(len(block))
     size = told.get("x-linked-size") or told.get("content-range", "").rpartition("/")[2] or length
@@ -208,10 +211,13 @@ def download(session, url, path, sha256, bar):
     if path.exists():  # asked for although it is there: not verified, so treat it like a part
         os.replace(path, part)
     for _ in range(ATTEMPTS):
+        had = part.stat().st_size if part.exists() else 0
         try:
             size, digest = fetch(session, url, part, bar)
         except requests.exceptions.RequestException as error:  # after urllib3's own retries
             problem = f"{type(error).__name__}: {error}"
+            if not part.exists() or part.stat().st_size <= had:
+                break
             continue
         got, wanted = part.stat().st_size, sha256 or (digest if len(digest) == 64 else "")
         if size and got < int(size):
@@ -260,8 +266,9 @@ def shard(path):
         file = pq.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise PrepareError(f"{path} is no parquet file ({error}); delete or replace it") from None
-    if "text" not in file.schema_arrow.names:
-        raise PrepareError(f"{path} has columns {file.schema_arrow.names}, none named text; rename the right one")
+    columns = {field.name: str(field.type) for field in file.schema_arrow}
+    if "string" not in columns.get("text", ""):
+        raise PrepareError(f"{path} has columns {columns}, none a string named text; rename the right one")
     return file
 
 
@@ -330,7 +337,7 @@ def find_files(data):
         nested = {"site-packages", "dist-packages"}  # below the standard library: another environment's
         return [p for f in folders for p in f.rglob("*.py") if not nested.intersection(p.relative_to(f).parts)]
     path = Path(data).expanduser().absolute()
-    if not path.exists():
+    if not data or not path.exists():
         raise PrepareError(f"--data {data} is no corpus ({', '.join(CORPORA)}), file or folder; check the name")
     found = [p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in ENDINGS and p.is_file()]
     if not found:
@@ -645,7 +652,8 @@ def evaluate_bpb(model, tokenizer, batch_size):
     special tokens carry no bytes and are left out of both sums. The loss is computed here: from the logits, in fp32,
     summed in fp64. Each row is read once, whatever `batch_size`, which out of memory halves.
     """
-    rows = np.fromfile(current_folder() / "val_rows.bin", dtype=np.uint16).reshape(-1, read_manifest()["seq_len"] + 1)
+    capacity = read_manifest()["seq_len"] + 1
+    rows = np.fromfile(current_folder() / "val_rows.bin", dtype=np.uint16).reshape(-1, capacity)
     device = next((p.device for p in model.parameters()), default_device())
     token_bytes, batch = tokenizer.get_token_bytes(), max(1, min(batch_size, EVAL_ROWS))
     was_training, state = model.training, model_state(model)
@@ -969,9 +977,11 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
         name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     train, val, files = gather(data, folder / "shards", num_shards, workers)
-    stamp = [num_shards] + sorted([str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files)
-    if data == "python":  # whose validation rows a package installed later must not change
-        stamp = []
+    stamp = []  # of python nothing: a package installed later must not change its validation rows
+    if data != "python":
+        stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
+    if data == "tinystories":
+        stamp.append(num_shards)
     spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], vocab_size=max(260, vocab_size),
                 text=hashlib.sha256(json.dumps(stamp).encode()).hexdigest())
     size = sum(map(text_size, files))
@@ -1041,6 +1051,8 @@ def main():
         prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
+    except OSError as error:
+        sys.exit(f"error: {error}; mend that, or set AUTORESEARCH_CACHE to a folder with room that you may write")
 
 
 if __name__ == "__main__":
