@@ -11,6 +11,7 @@ Sections, in the order they are used: constants, model, optimizer, schedules, tr
 
 import math
 import os
+import time
 from dataclasses import dataclass
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -33,7 +34,7 @@ SHORT_WINDOW = 256  # tokens before itself that a token of an S layer sees
 VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 0: none
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
-SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh
+SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at all
 
 # Batch
 TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows
@@ -62,7 +63,8 @@ if SCALE == "small":  # what differs on a CPU, where a step is small and compili
     HEAD_DIM = 64
     WINDOW_PATTERN = "L"
     TOTAL_BATCH = 2**11
-    DEVICE_BATCH = 8
+    DEVICE_BATCH = 64
+    SOFTCAP = 0.0
     COMPILE = False
 
 # === Model ============================================================================================================
@@ -200,7 +202,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (B, T) -> logits (B, T, vocab_size), fp32."""
+    """Token ids (B, T) -> logits (B, T, vocab_size) in fp32."""
 
     def __init__(self, config):
         super().__init__()
@@ -245,7 +247,7 @@ class GPT(nn.Module):
             x = self.resid_lambdas[i].to(c.dtype) * x + self.x0_lambdas[i].to(c.dtype) * x0
             x = block(x, self.value_embeds[str(i)](idx).to(c.dtype) if c.has_value_embed(i) else None, cos, sin)
         logits = self.lm_head(norm(x)).float()
-        return c.softcap * torch.tanh(logits / c.softcap)
+        return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
     def flops_per_token(self):
         """Of forward and backward: 6 for each weight of a matmul, 12 for each channel of each visible token."""
@@ -270,9 +272,8 @@ POLAR_EXPRESS = [
 
 def orthogonalize(g):
     """The nearest semi-orthogonal matrices, roughly, to g (..., M, N): all singular values near 1."""
-    x = g.bfloat16() if g.is_cuda else g
     wide = g.size(-2) <= g.size(-1)
-    x = x if wide else x.mT
+    x = g if wide else g.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
@@ -280,10 +281,10 @@ def orthogonalize(g):
     return x if wide else x.mT
 
 
-def muon_update(weights, grads, momentum_buffer, lr, momentum, decay):
+def muon_update(weights, grads, momentum_buffer, lr, momentum, decay, dtype):
     """One step of Muon, in place, on a stack of weights (n, ..., M, N); lr, momentum and decay are 0-d tensors."""
     momentum_buffer.lerp_(grads, 1 - momentum)
-    update = orthogonalize(grads.lerp(momentum_buffer, momentum)).to(weights.dtype)  # Nesterov
+    update = orthogonalize(grads.lerp(momentum_buffer, momentum).to(dtype)).to(weights.dtype)  # Nesterov
     agree = (update * weights) >= 0
     weights.sub_(lr * (update + decay * weights * agree))
 
@@ -291,8 +292,9 @@ def muon_update(weights, grads, momentum_buffer, lr, momentum, decay):
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized (Keller Jordan), with cautious weight decay; all weights of a group have one shape."""
 
-    def __init__(self, groups, compiled):
+    def __init__(self, groups, dtype, compiled):
         super().__init__(groups, dict(momentum=0.0, weight_decay=0.0))
+        self.dtype = dtype  # of the orthogonalization
         self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @torch.no_grad()
@@ -306,7 +308,7 @@ class Muon(torch.optim.Optimizer):
             rows, columns = params[0].shape[-2:]
             lr = group["lr"] * max(1, rows / columns) ** 0.5
             numbers = (torch.tensor(x) for x in (lr, group["momentum"], group["weight_decay"]))  # no recompilation
-            self.update(weights, grads, state["momentum_buffer"], *numbers)
+            self.update(weights, grads, state["momentum_buffer"], *numbers, self.dtype)
             torch._foreach_copy_(params, list(weights.unbind()))
 
 
@@ -334,7 +336,8 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     left_out = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
     if left_out:
         raise ValueError(f"parameters {left_out} must be in exactly one group of build_optimizers")
-    optimizers = [torch.optim.AdamW(adamw_groups, betas=betas, eps=1e-10, fused=True), Muon(muon_groups, compiled)]
+    adamw = torch.optim.AdamW(adamw_groups, betas=betas, eps=1e-10, fused=True)
+    optimizers = [adamw, Muon(muon_groups, model.config.dtype, compiled)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
     return optimizers
@@ -359,6 +362,23 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
 
 
 # === Training =========================================================================================================
+
+
+def fast_dtype(device):
+    """bf16 where the device computes in it: CUDA from sm_80 on, a CPU on which it measures faster; fp32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, times = torch.ones(1024, 256, dtype=dtype), []
+        for _ in range(10):
+            begun = time.perf_counter()
+            x @ x.mT
+            times.append(time.perf_counter() - begun)
+        seconds[dtype] = min(times)
+    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 
 def split_batch(rows, at_most):
@@ -410,13 +430,13 @@ def main():
     with Run(globals()) as run:
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
-        bf16 = run.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        tokenizer, T = Tokenizer.from_directory(), run.data["seq_len"]
+        tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
+        flash = run.device.type == "cuda" and dtype == torch.bfloat16
         config = GPTConfig(
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD, head_dim=HEAD_DIM,
             mlp_ratio=MLP_RATIO, windows=layer_windows(WINDOW_PATTERN, DEPTH, SHORT_WINDOW, T),
             value_embed_every=VALUE_EMBED_EVERY, rope_base=ROPE_BASE, qk_gain=QK_GAIN, softcap=SOFTCAP,
-            dtype=torch.bfloat16 if bf16 else torch.float32, attention="varlen" if bf16 else "sdpa",
+            dtype=dtype, attention="varlen" if flash else "sdpa",
         )
         model = GPT(config).to(run.device)
         decays = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
