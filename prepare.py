@@ -652,18 +652,21 @@ def evaluate_bpb(model, tokenizer, batch_size):
     special tokens carry no bytes and are left out of both sums. The loss is computed here: from the logits, in fp32,
     summed in fp64. Each row is read once, whatever `batch_size`, which out of memory halves.
     """
-    capacity = read_manifest()["seq_len"] + 1
-    rows = np.fromfile(current_folder() / "val_rows.bin", dtype=np.uint16).reshape(-1, capacity)
+    path, manifest = current_folder() / "val_rows.bin", read_manifest()
+    if sha256_of(path) != manifest["files"][path.name][1]:
+        raise Refused(f"{path} is not what was prepared; prepare the data again")
+    rows = np.fromfile(path, dtype=np.uint16).reshape(-1, manifest["seq_len"] + 1)
     device = next((p.device for p in model.parameters()), default_device())
-    token_bytes, batch = tokenizer.get_token_bytes(), max(1, min(batch_size, EVAL_ROWS))
+    token_bytes, batch = Tokenizer.from_directory().get_token_bytes(), max(1, min(batch_size, EVAL_ROWS))
     was_training, state = model.training, model_state(model)
     model.eval()
 
     def forward(inputs):
-        logits = model(inputs)
-        if logits.shape != (*inputs.shape, len(token_bytes)) or not bool(torch.isfinite(logits).all()):
-            raise Refused(f"logits of shape {[*logits.shape]} for inputs {[*inputs.shape]}: they must be finite, and "
-                          f"{len(token_bytes)} to a token")
+        logits = model(inputs.clone())  # a copy: the model may write to it
+        wanted = (*inputs.shape, len(token_bytes))
+        if type(logits) is not torch.Tensor or logits.shape != wanted or not bool(torch.isfinite(logits).all()):
+            raise Refused(f"logits of shape {[*logits.shape]} for inputs {[*inputs.shape]}: a plain tensor of finite "
+                          f"numbers, {len(token_bytes)} to a token, is needed")
         return logits.detach().float()
 
     moments = sorted(random.SystemRandom().choices(range(len(rows)), k=PROBES))
@@ -711,15 +714,17 @@ PEAK_FLOPS = {  # dense bf16, by a part of the device's name; the first that mat
 
 
 def git(*words):
+    if not shutil.which("git"):
+        return ""
     run = subprocess.run(["git", "-C", REPOSITORY, *words], capture_output=True, text=True)
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
 def fingerprint():
     """What a player could replace at run time: constants by value, functions and methods by their code."""
-    things = globals() | {f"Run.{name}": value for name, value in vars(Run).items()}
+    things = globals() | {f"{c.__name__}.{name}": value for c in (Run, Tokenizer) for name, value in vars(c).items()}
     return {name: repr(value) if name.isupper() else id(getattr(value, "__code__", value))
-            for name, value in things.items() if not name.startswith("_") and name != "PRISTINE"}
+            for name, value in things.items() if name != "PRISTINE"}
 
 
 def append_line(path, line):
@@ -749,7 +754,7 @@ class Run:
         self.seed, self.grace = env_number("AUTORESEARCH_SEED", 42, 0), grace
         self.standard = not {"AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_SEED"} & os.environ.keys()
         self.data, self.started, self.witness = read_manifest(), None, None
-        self.losses, self.late_loss, self.next_line = [], None, 0.0
+        self.losses, self.late_loss, self.next_line, self.lock_file = [], None, 0.0, None
         dirty = "+" if git("status", "--porcelain", "--", "train.py", "prepare.py") else ""
         files = {name: sha256[:16] for name, (_, sha256) in self.data["files"].items()}
         self.record = dict(  # what the report and the journal say
@@ -801,24 +806,26 @@ class Run:
     def watch(self, told):
         """In a process of its own: follow the run through the pipe `told`; report it if it is killed or hangs."""
         os.setsid()
-        os.close(self.pipe)
-        text, left = b"", 1.0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.pipe)  # so that tell() is harmless here
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # pkill -f train.py means both processes
+            signal.signal(number, signal.SIG_IGN)
+        text, left, run = b"", 1.0, os.getppid()
         while left > 0:
             left = self.opened + self.budget + self.grace - time.monotonic()
             if select.select([told], [], [], max(0.0, left))[0]:
                 text = text[text.rfind(b"\n", 0, -1) + 1 :]
                 block = os.read(told, 1 << 16)
-                if not block and text.endswith(b"{}\n"):  # the run has reported itself
-                    return
                 text += block
+                if text.endswith(b"{}\n"):  # the run has reported itself
+                    return
                 if not block:
                     break
         for line in text.splitlines()[-1:]:
             self.record |= json.loads(line)
-        if left <= 0:
-            os.kill(os.getppid(), signal.SIGSTOP)
-            self.finish("timeout", f"not over {self.grace:.0f} s after its time budget of {self.budget:.0f} s")
-            os.kill(os.getppid(), signal.SIGKILL)
+        if left <= 0 and os.getppid() == run:
+            os.kill(run, signal.SIGSTOP)
+            self.finish("timeout", f"still running {self.grace:.0f} s after its time budget of {self.budget:.0f} s")
+            os.kill(run, signal.SIGKILL)
         else:
             self.finish("crash", "killed from outside, or by the system when memory ran out")
 
@@ -827,12 +834,16 @@ class Run:
 
     def note(self, **facts):
         """Tell the report what was built: depth, num_params, flops_per_token, attention."""
+        if "val_bpb" in facts:
+            raise Refused("val_bpb comes from score() alone")
         self.record |= facts
         self.tell({key: value for key, value in self.record.items() if key != "constants"})
 
     def start(self):
         """Start the clock; all before was start-up."""
         self.synchronize()
+        if self.started is not None:
+            raise Refused("the clock runs already: start() is called once")
         self.started, self.witness = time.monotonic(), time.perf_counter()
         self.note(startup_seconds=self.started - self.opened)
 
@@ -874,17 +885,25 @@ class Run:
         self.note(training_seconds=seconds)
         if self.record["val_bpb"] is not None:
             raise Refused("scored twice: a run has one score")
-        if abs(time.perf_counter() - self.witness - seconds) > 1 or self.budget != __getattr__("TIME_BUDGET"):
+        if (abs(time.perf_counter() - self.witness - seconds) > 1 or self.budget != self.record["time_budget"]
+                or self.started - self.opened != self.record["startup_seconds"]):
             raise Refused("the clock was set: start() and the time budget must stay as they are")
         if not 0.98 * self.budget <= seconds <= max(1.05 * self.budget, self.budget + 10):
             raise Refused(f"trained for {seconds:.1f} s of a budget of {self.budget:.1f} s: stop when progress() is 1")
-        self.note(val_bpb=evaluate_bpb(model, tokenizer, batch_size))
+        self.intact()
+        value = evaluate_bpb(model, tokenizer, batch_size)
+        self.intact()
+        self.record["val_bpb"] = value
+        self.note(eval_seconds=time.monotonic() - begun)
+        return self.record["val_bpb"]
+
+    def intact(self):
         now = fingerprint()
         changed = [name for name in PRISTINE if now.get(name) != PRISTINE[name]]
         if changed:
             raise Refused(f"prepare.py was changed at run time: {', '.join(changed)}")
-        self.note(eval_seconds=time.monotonic() - begun)
-        return self.record["val_bpb"]
+        if read_manifest() != self.data:
+            raise Refused("other data were prepared during the run; run it again")
 
     def __exit__(self, kind, error, trace):
         endings = ((Refused, "refused"), (FloatingPointError, "nan"), ((torch.OutOfMemoryError, MemoryError), "oom"))
@@ -899,8 +918,8 @@ class Run:
         if torch.cuda.is_initialized():
             self.record["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
         self.finish(status, reason)
-        self.lock_file.close()
-        self.tell({})
+        if self.lock_file:
+            self.lock_file.close()
         os.close(self.pipe)
         os.waitpid(self.watcher, 0)
         if status != "ok":
@@ -914,7 +933,8 @@ class Run:
         rate, peak = 0.0, next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
         if r["training_seconds"]:
             rate = r["total_tokens"] / r["training_seconds"]
-        kept = [float(row[1]) for row in map(str.split, self.results()) if row[3:4] == ["keep"]]
+        kept = [float(row[1]) for row in map(str.split, self.results()) if row[3:4] == ["keep"]
+                and re.fullmatch(r"\d+\.\d+", row[1])]
         verdict = "keep" if status == "ok" and r["val_bpb"] < min(kept, default=math.inf) else "discard"
         lines = dict(
             val_bpb=f"{r['val_bpb']:.6f}" if status == "ok" else None,
@@ -934,26 +954,33 @@ class Run:
             eval_seconds=f"{r['eval_seconds']:.1f}",
             **{key: r[key] for key in ("device", "attention", "seed", "data", "commit")},
         )
-        if not self.standard:
-            lines["verdict"] = "none: AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set, so not in results.tsv"
+        logged = self.standard and r["device"] != "n/a"  # which it is before the run has the device
+        if not logged:
+            why = "no device" if self.standard else "AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set"
+            lines["verdict"] = f"none: {why}, so not in results.tsv"
         self.report = {key: value for key, value in lines.items() if value is not None}
-        if self.standard:
+        if logged:
             row = [r["commit"], "0.000000", "0.0", "crash", " ".join(r["description"].split())]
             if status == "ok":
                 row[1:4] = f"{r['val_bpb']:.6f}", f"{r['peak_vram_mb'] / 1024:.1f}", verdict
             r["row"] = "\t".join(row)
-        append_line(cache_root() / "runs.jsonl", json.dumps(r))
-        if self.standard:
+        append_line(cache_root() / "runs.jsonl", json.dumps(r, default=str))
+        self.tell({})  # reported: the watcher may go
+        if logged:
             write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in self.results()))
-        print("---", *(f"{key + ':':<17} {value}" for key, value in self.report.items()), sep="\n", flush=True)
+        lines = ["\n---" if sys.stdout.isatty() else "---", *(f"{k + ':':<17} {v}" for k, v in self.report.items())]
+        print(*lines, sep="\n", flush=True)
 
     def results(self):
         """The lines of results.tsv and, after them, those that git took out of it: the journal has every row."""
         lines = whole_lines(REPOSITORY / "results.tsv") or [HEADER]
         missing = Counter()
         for line in whole_lines(cache_root() / "runs.jsonl"):
-            record = json.loads(line) if line.endswith("}") else {}
-            if record.get("row") and all(record[key] == self.record[key] for key in ("repository", "branch")):
+            try:
+                record = json.loads(line) if line.endswith("}") else {}
+            except ValueError:  # half a line
+                continue
+            if record.get("row") and all(record.get(key) == self.record[key] for key in ("repository", "branch")):
                 missing[record["row"]] += 1
         missing.subtract(lines)
         return lines + [row for row, count in missing.items() for _ in range(count)]

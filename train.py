@@ -449,7 +449,9 @@ def main():
 
         set_schedules(optimizers, 0.0, WARMDOWN, FINAL_LR, MOMENTUM)
         rows = max(1, round(TOTAL_BATCH / T))
+        begun = time.perf_counter()
         micro, forwards = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
+        run.note(warm_up_seconds=time.perf_counter() - begun, rows=micro, forwards=forwards, shape=str(config))
         print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
         batches = make_dataloader(tokenizer, micro, T, "train")

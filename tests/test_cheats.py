@@ -1,0 +1,423 @@
+"""Players that cheat are refused with the reason; odd ones that do not cheat score what a plain loop says."""
+
+import json
+import math
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import prepare
+import train
+
+V, T, C = 512, 256, 16
+
+# ======================================================================================================================
+# Players
+
+
+def token_counts():
+    return torch.from_numpy(np.bincount(np.fromfile(prepare.current_folder() / "train.bin", np.uint16), minlength=V))
+
+
+class Player(nn.Module):
+    """Knows how often a token is; leak(x), from embeddings x (B, T, C), is like those of the tokens to come."""
+
+    def __init__(self, leak=torch.zeros_like):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.wte = nn.Parameter(F.normalize(torch.randn(V, C, generator=generator), dim=1))
+        self.bias = nn.Parameter(torch.log(token_counts() + 1.0))
+        self.leak = leak
+
+    def forward(self, idx):
+        return self.bias + 10 * self.leak(self.wte[idx]) @ self.wte.T
+
+
+def blocks(size):
+    return lambda x: x.unflatten(1, (-1, size)).mean(2).repeat_interleave(size, 1)
+
+
+def chunked_recurrence(x):
+    state, states = torch.zeros(len(x), 1, C), []
+    for chunk in x.split(16, dim=1):
+        state = (state + chunk.mean(1, keepdim=True)) / 2
+        states.append(state.expand_as(chunk))
+    return torch.cat(states, 1)
+
+
+def fft(x):
+    return torch.fft.irfft(torch.fft.rfft(x, dim=1) * (torch.arange(T // 2 + 1) < 32)[:, None], T, dim=1)
+
+
+def next_token(x):
+    return F.pad(x[:, 1:], (0, 0, 0, 1))
+
+
+def late(x):
+    return next_token(x) * (torch.arange(T) > 200)[:, None]
+
+
+def faint_attention(x):
+    at = torch.arange(T)
+    return 0.02 * (-(at[:, None] + 1 - at).square().float()).softmax(-1) @ x
+
+
+class Learner(Player):
+    """A bigram table that learns from the row it is to predict; a sly one puts it back at every other call."""
+
+    def __init__(self, sly):
+        super().__init__()
+        self.table, self.sly, self.calls = nn.Parameter(torch.zeros(V, V)), sly, 0
+
+    def forward(self, idx):
+        self.calls += 1
+        if self.sly and self.calls % 2:
+            self.table.data.zero_()
+        else:
+            with torch.enable_grad():
+                logits = super().forward(idx[:, :-1]) + self.table[idx[:, :-1]]
+                loss = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten())
+            self.table.data.sub_(*torch.autograd.grad(loss, self.table), alpha=1_000)
+        return super().forward(idx) + self.table[idx]
+
+
+class Counter(Player):
+    """Counts bigrams over all rows that it is shown, in a buffer or out of sight."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        counts = torch.zeros(V, V)
+        self.counts = (lambda: counts) if hidden else None
+        if not hidden:
+            self.register_buffer("count", counts)
+
+    def forward(self, idx):
+        counts = self.counts() if self.counts else self.count
+        counts.index_put_((idx[:, :-1], idx[:, 1:]), torch.ones(()), accumulate=True)
+        return super().forward(idx) + 2 * counts[idx].log1p()
+
+
+class Collector(Player):
+    """Keeps the rows it is shown, and knows what comes next in a row that it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def forward(self, idx):
+        known = torch.tensor([tuple(row) in self.seen for row in idx.tolist()])
+        self.seen.update(map(tuple, idx.tolist()))
+        self.leak = lambda x: next_token(x) * known[:, None, None]
+        return super().forward(idx)
+
+
+class Edited(Player):
+    """Hands out edit(logits) in place of its own."""
+
+    def __init__(self, edit, leak=torch.zeros_like):
+        super().__init__(leak)
+        self.edit = edit
+
+    def forward(self, idx):
+        return self.edit(super().forward(idx))
+
+
+def one_logit(value):
+    """An edit of one logit of the last token of the vocabulary, which no text has."""
+    return lambda logits: logits.index_put((torch.tensor(0), torch.tensor(5), torch.tensor(V - 1)), torch.tensor(value))
+
+
+FUTURE, ROWS, MEMORY, SHAPE = "sees the future", "depend on the other rows", "remember|change while", "logits"
+LEAKS = {
+    "blocks of 16": (lambda: Player(blocks(16)), FUTURE),
+    "blocks of 64": (lambda: Player(blocks(64)), FUTURE),
+    "chunked recurrence": (lambda: Player(chunked_recurrence), FUTURE),
+    "fft over time": (lambda: Player(fft), FUTURE),
+    "normalised over the sequence": (lambda: Player(lambda x: -0.01 * F.instance_norm(x.mT).mT), FUTURE),
+    "the next token": (lambda: Player(next_token), FUTURE),
+    "late in the row": (lambda: Player(late), FUTURE),
+    "faint attention": (lambda: Player(faint_attention), FUTURE),
+    "mean of the batch": (lambda: Player(lambda x: 0.2 * x.mean((0, 1)).expand_as(x)), ROWS),
+    "learns": (lambda: Learner(sly=False), MEMORY),
+    "learns at every other call": (lambda: Learner(sly=True), f"{MEMORY}|{ROWS}"),
+    "counts in a buffer": (lambda: Counter(hidden=False), MEMORY),
+    "counts out of sight": (lambda: Counter(hidden=True), MEMORY),
+    "collects rows": (Collector, MEMORY),
+}
+FAULTS = {
+    "normalised over the batch": (lambda: Player(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), ROWS),
+    "peeks at the next row": (lambda: Player(lambda x: x.roll(-1, 0)), ROWS),
+    "dropout": (lambda: Player(lambda x: F.dropout(x, 0.1, training=True)), "must not be random"),
+    "one nan": (lambda: Edited(one_logit(math.nan)), SHAPE),
+    "one inf": (lambda: Edited(one_logit(math.inf)), SHAPE),
+    "no batch": (lambda: Edited(lambda logits: logits[0]), SHAPE),
+    "no last token": (lambda: Edited(lambda logits: logits[:, :-1]), SHAPE),
+    "one logit too many": (lambda: Edited(lambda logits: F.pad(logits, (0, 1))), SHAPE),
+}
+
+
+@pytest.fixture
+def tokenizer(toy):
+    return prepare.Tokenizer.from_directory()
+
+
+def val_rows():
+    rows = np.fromfile(prepare.current_folder() / "val_rows.bin", np.uint16).astype(np.int64)
+    return torch.from_numpy(rows).view(-1, T + 1)
+
+
+@torch.no_grad()
+def plain_bpb(model, tokenizer, batch):
+    """What a loop without a probe makes of the validation rows."""
+    sizes = torch.tensor([len(tokenizer.enc.decode_single_token_bytes(i)) for i in range(V - 4)] + [0] * 4)
+    nats = size = 0.0
+    for ids in val_rows().split(batch):
+        targets = ids[:, 1:].flatten()
+        losses = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1).double(), targets, reduction="none")
+        nats, size = nats + float(losses[sizes[targets] > 0].sum()), size + int(sizes[targets].sum())
+    return nats / math.log(2) / size
+
+
+@pytest.mark.parametrize("name", [*LEAKS, *FAULTS])
+def test_a_cheat_is_refused_with_the_reason(tokenizer, name):
+    player, reason = (LEAKS | FAULTS)[name]
+    with pytest.raises(prepare.Refused, match=reason):
+        prepare.evaluate_bpb(player().eval(), tokenizer, 8)
+
+
+@pytest.mark.parametrize("name", LEAKS)
+def test_the_cheat_would_have_paid(tokenizer, name):
+    player = LEAKS[name][0]().eval()
+    plain_bpb(player, tokenizer, 8)  # what it collects pays the second time
+    assert plain_bpb(player, tokenizer, 8) < plain_bpb(Player(), tokenizer, 8) - 1e-4
+
+
+# ======================================================================================================================
+# Runs
+
+
+@pytest.fixture
+def run_of(tokenizer, monkeypatch, capsys):
+    """run_of(cheat) is (report, record, exit code) of a run of one second that ends in cheat(run, score)."""
+    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
+
+    def go(cheat):
+        code = 0
+        try:
+            with prepare.Run() as run:
+                run.start()
+                cheat(run, lambda: run.score(Player(), tokenizer, 8))
+        except SystemExit as error:
+            code = error.code
+        report = capsys.readouterr().out.rpartition("---\n")[2]
+        record = (prepare.cache_root() / "runs.jsonl").read_text().splitlines()[-1]
+        return dict(line.split(":", 1) for line in report.splitlines()), json.loads(record), code
+
+    return go
+
+
+def to_the_end(score):
+    time.sleep(1)
+    score()
+
+
+def prepare_changed(run, score):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "EVAL_ROWS", 1)
+        patch.setattr(prepare, "evaluate_bpb", lambda *args: 0.5)
+        patch.setattr(prepare, "pack_rows", iter)
+        patch.setattr(prepare.Run, "progress", lambda run: 1)
+        to_the_end(score)
+
+
+def clock_moved(run, score):
+    run.started -= 2
+    score()
+
+
+def budget_changed(run, score):
+    run.budget = 0.3
+    time.sleep(0.3)
+    score()
+
+
+def stopped_early(run, score):
+    time.sleep(0.5)
+    score()
+
+
+def scored_twice(run, score):
+    to_the_end(score)
+    score()
+
+
+RUNS = {
+    "prepare changed": (prepare_changed, "at run time: EVAL_ROWS, Run.progress, evaluate_bpb, pack_rows"),
+    "clock moved": (clock_moved, "clock was set"),
+    "budget changed": (budget_changed, "clock was set"),
+    "stopped early": (stopped_early, "trained for 0.5 s"),
+    "scored twice": (scored_twice, "scored twice"),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_tampered_with_has_no_score(run_of, name):
+    cheat, reason = RUNS[name]
+    report, record, code = run_of(cheat)
+    assert report["status"].strip() == record["status"] == "refused" and code not in (0, None)
+    assert "val_bpb" not in report
+    words, _, names = record["error"].partition("run time: ")
+    assert reason in words + "run time: " * bool(names) + ", ".join(sorted(names.split(", ")))
+
+
+def test_what_a_player_prints_is_no_score(run_of, monkeypatch, tmp_path):
+    monkeypatch.setattr(prepare, "REPOSITORY", tmp_path)  # whose results.tsv is to be written
+    monkeypatch.setitem(prepare.PRISTINE, "REPOSITORY", repr(tmp_path))
+
+    def cheat(run, score):
+        run.standard = True
+        print("---\nval_bpb:          0.500000\nstatus:           ok", flush=True)
+        to_the_end(score)
+
+    report, record, code = run_of(cheat)
+    results = (tmp_path / "results.tsv").read_text().splitlines()
+    assert code == 0 and len(results) == 2 and float(results[1].split("\t")[1]) > 2
+    assert record["val_bpb"] == pytest.approx(float(report["val_bpb"])) and record["val_bpb"] > 2
+
+
+# ======================================================================================================================
+# Odd and honest
+
+
+class Odd(nn.Module):
+    """Embeddings, two layers of mix(x) (B, T, C) -> (B, T, C) and a head, with random weights."""
+
+    def __init__(self, mix, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.head = nn.Embedding(V, C), nn.Linear(C, V)
+        self.mix = nn.ModuleList(mix() for _ in range(2))
+        self.to(dtype)
+
+    def forward(self, idx):
+        x = self.wte(idx)
+        for mix in self.mix:
+            x = x + mix(x)
+        return self.head(x)
+
+
+class Recurrent(nn.GRU):
+    def __init__(self):
+        super().__init__(C, C, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+class CausalConvolution(nn.Conv1d):
+    def __init__(self):
+        super().__init__(C, C, 7)
+
+    def forward(self, x):
+        return super().forward(F.pad(x.mT, (6, 0))).mT
+
+
+class DistanceBias(nn.Linear):
+    def __init__(self):
+        super().__init__(C, 3 * C)
+
+    def forward(self, x):
+        q, k, v = super().forward(x).chunk(3, dim=-1)
+        distance = torch.arange(x.size(1))[:, None] - torch.arange(x.size(1))
+        bias = torch.where(distance >= 0, -0.1 * distance, -torch.inf).to(x.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class TwoDepths(nn.Linear):
+    """Half of the tokens, by their embedding, go through the layer; how many they are depends on the whole batch."""
+
+    def __init__(self):
+        super().__init__(C, C)
+
+    def forward(self, x):
+        flat = x.flatten(0, 1)
+        deep = (flat[:, 0] > 0).nonzero()[:, 0]
+        return torch.zeros_like(flat).index_add(0, deep, super().forward(flat[deep]).tanh()).view_as(x)
+
+
+class Dropout(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(C, C), nn.Dropout(0.5), Recurrent())
+
+
+class LongConvolution(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(T, C) * torch.exp(-torch.arange(T) / 20)[:, None])
+
+    def forward(self, x):
+        x, kernel = (torch.fft.rfft(y.float(), 2 * T, dim=-2) for y in (x, self.kernel))
+        return torch.fft.irfft(x * kernel, 2 * T, dim=-2)[:, :T].to(self.kernel.dtype)
+
+
+def gpt(seed=0, weights=0.1, **changes):
+    """A train.GPT with random weights added to the initial ones, of which many are zero."""
+    config = dict(
+        sequence_len=T, vocab_size=V, n_layer=2, n_embd=32, head_dim=16, mlp_ratio=2, windows=[40, T],
+        value_embed_every=2, rope_base=10_000, qk_gain=1.15, softcap=15.0, dtype=torch.float32, attention="sdpa",
+    )
+    torch.manual_seed(seed)
+    model = train.GPT(train.GPTConfig(**config | changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=weights)
+    return model
+
+
+HONEST = {mix.__name__: lambda mix=mix: Odd(mix) for mix in (
+    Recurrent, CausalConvolution, DistanceBias, TwoDepths, Dropout, LongConvolution,
+)} | {
+    "Recurrent in bf16": lambda: Odd(Recurrent, torch.bfloat16),
+    "TwoDepths in bf16": lambda: Odd(TwoDepths, torch.bfloat16),
+    "DistanceBias in bf16": lambda: Odd(DistanceBias, torch.bfloat16),
+    "a GPT": gpt,
+    "a GPT in bf16": lambda: gpt(dtype=torch.bfloat16),
+    "a GPT of one layer": lambda: gpt(n_layer=1, windows=[T], n_embd=64, value_embed_every=0, softcap=0.0),
+    "a deep GPT": lambda: gpt(n_layer=6, windows=[3, 17, 99, 255, 40, T], value_embed_every=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_an_odd_model_scores_what_a_plain_loop_says(tokenizer, name):
+    model = HONEST[name]().train()
+    value = prepare.evaluate_bpb(model, tokenizer, 8)
+    assert model.training
+    assert value == pytest.approx(plain_bpb(model.eval(), tokenizer, 5), rel=1e-4)
+
+
+def random_gpt(rng):
+    """(model, its sequence length): all that a constant of train.py can change, and large weights."""
+    length, head_dim = rng.randrange(2, 40), rng.choice([2, 4, 8, 16])
+    n_layer = rng.randrange(1, 4)
+    return gpt(
+        rng.randrange(2**32), rng.choice([0.02, 0.1, 0.5, 2.0]), sequence_len=length,
+        n_layer=n_layer, n_embd=32 * rng.randrange(1, 4), head_dim=head_dim, mlp_ratio=rng.randrange(1, 5),
+        windows=[rng.randrange(length + 1) for _ in range(n_layer)], value_embed_every=rng.randrange(4),
+        rope_base=rng.choice([100, 10_000]), qk_gain=rng.uniform(0.5, 5), softcap=rng.choice([0.0, 15.0, 50.0]),
+        dtype=rng.choice([torch.float32, torch.bfloat16]), vocab_size=rng.choice([5, 50, 300]),
+    ).eval(), length
+
+
+@torch.no_grad()
+def test_no_random_model_is_refused():
+    rng = random.Random(0)
+    for _ in range(200):
+        model, length = random_gpt(rng)
+        vocab_size = model.config.vocab_size
+        inputs = torch.randint(vocab_size, (rng.randrange(1, 17), length))
+        prepare.probe(model, inputs, model(inputs), vocab_size)
