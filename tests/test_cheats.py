@@ -161,6 +161,15 @@ FAULTS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two threads on small tensors wait for each other wherever something else is running."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tokenizer(toy):
     return prepare.Tokenizer.from_directory()
@@ -257,7 +266,7 @@ def scored_twice(run, score):
 
 
 RUNS = {
-    "prepare changed": (prepare_changed, "at run time: EVAL_ROWS, Run.progress, evaluate_bpb, pack_rows"),
+    "prepare changed": (prepare_changed, "at run time: pack_rows, EVAL_ROWS, evaluate_bpb, Run.progress"),
     "clock moved": (clock_moved, "clock was set"),
     "budget changed": (budget_changed, "clock was set"),
     "stopped early": (stopped_early, "trained for 0.5 s"),
@@ -271,8 +280,7 @@ def test_a_run_that_is_tampered_with_has_no_score(run_of, name):
     report, record, code = run_of(cheat)
     assert report["status"].strip() == record["status"] == "refused" and code not in (0, None)
     assert "val_bpb" not in report
-    words, _, names = record["error"].partition("run time: ")
-    assert reason in words + "run time: " * bool(names) + ", ".join(sorted(names.split(", ")))
+    assert reason in report["error"] and reason in record["error"]
 
 
 def test_what_a_player_prints_is_no_score(run_of, monkeypatch, tmp_path):

@@ -1,0 +1,428 @@
+"""How runs end and what they leave: train.py and a smaller player as processes, in scratch git repositories."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import prepare
+
+ROOT = Path(__file__).parent.parent
+
+# Imports torch once; then each line of its input, [repository, folder, environment], is one `python train.py` in a
+# process of its own, with its output in folder/run.log, its pid in folder/pid and, once it and all who hold its output
+# are gone, its exit code in folder/exit.
+DRIVER = """
+import gc, json, os, runpy, signal, sys
+import tiktoken, torch, torch._dynamo
+
+def write(path, text):
+    with open(path + ".new", "w") as f:
+        f.write(str(text))
+    os.replace(path + ".new", path)
+
+gc.freeze()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    repository, folder, environment = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log, output = os.pipe()
+    run = os.fork()
+    if run == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.closerange(3, 100)
+        os.chdir(repository)
+        os.environ |= environment
+        sys.path[0], sys.argv = repository, ["train.py"]
+        code = 0
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        sys.stdout.flush()
+        os._exit(code)  # without the time that torch takes to go
+    os.close(output)
+    write(folder + "/pid", run)
+    with open(folder + "/run.log", "wb", 0) as f:
+        while block := os.read(log, 1 << 16):
+            f.write(block)
+    write(folder + "/exit", os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
+    os._exit(0)
+"""
+
+# A player of one parameter, whose score an edit of one line decides
+PLAYER = """
+import ctypes, os, sys, time
+import torch
+from prepare import Run, Tokenizer
+
+WASTE = 10.0  # logit of a token that never comes: the less the better
+
+class Player(torch.nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.zeros(size).index_fill_(0, torch.tensor([size - 1]), WASTE))
+
+    def forward(self, idx):
+        return self.bias.expand(*idx.shape, -1)
+
+with Run(globals(), grace=30.0) as run:
+    tokenizer = Tokenizer.from_directory()
+    run.start()
+    while run.progress() < 1:
+        run.step(torch.tensor(WASTE), 1)
+        time.sleep(0.05)
+        pass  # in the loop
+    run.score(Player(tokenizer.get_vocab_size()), tokenizer, 16)
+"""
+
+
+@pytest.fixture(scope="module")
+def driver():
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", GIT_CONFIG_GLOBAL=os.devnull)
+    with subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, env=env,
+                          start_new_session=True) as process:
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def until(condition, what):
+    end = time.monotonic() + float(os.environ.get("UNTIL", 40))
+    while not condition():
+        assert time.monotonic() < end, f"waited 40 s for {what}"
+        time.sleep(0.01)
+
+
+def edit(path, *replacements):
+    text = path.read_text()
+    for old, new in replacements:
+        text, count = re.subn(old, new.replace("\\", r"\\"), text, flags=re.M)
+        assert count == 1, f"{path.name} has {count} times {old!r}"
+    path.write_text(text)
+
+
+class Lab:
+    """A scratch repository with a player, and a cache with the toy corpus and a journal; its default budget is small"""
+
+    def __init__(self, driver, folder, toy, budget=0.2, player=PLAYER):
+        self.driver, self.folder, self.repository, self.cache = driver, folder, folder / "repo", folder / "cache"
+        for path in (self.repository, self.cache):
+            path.mkdir(parents=True)
+        (self.cache / toy.name).symlink_to(toy)
+        (self.cache / "current").write_text(toy.name)
+        for name in ("prepare.py", "results.tsv", ".gitignore"):
+            shutil.copy(ROOT / name, self.repository)
+        edit(self.repository / "prepare.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
+        (self.repository / "train.py").write_text(player)
+        self.git("init", "-q", "-b", "main")
+        self.git("add", ".")
+        self.commit("baseline")
+
+    def git(self, *words):
+        command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words]
+        return subprocess.run(command, cwd=self.repository, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit(self, subject):
+        self.git("commit", "-q", "-a", "--allow-empty", "-m", subject)
+
+    def start(self, folder=None, **env):
+        """Start train.py, of which the driver writes to `folder`."""
+        folder = folder or self.folder
+        for name in ("pid", "exit", "run.log"):
+            (folder / name).unlink(missing_ok=True)
+        env["AUTORESEARCH_CACHE"] = str(self.cache)
+        os.write(self.driver.stdin.fileno(), json.dumps([str(self.repository), str(folder), env]).encode() + b"\n")
+
+    def running(self):
+        """The pid of a run that has printed two losses."""
+        log = self.folder / "run.log"
+        until(lambda: log.exists() and "step 00002" in log.read_text(), f"two losses in {log}")
+        return int((self.folder / "pid").read_text())
+
+    def wait(self, folder=None):
+        """Until nobody of the run is left."""
+        folder = folder or self.folder
+        until((folder / "exit").exists, f"the end of all who write to {folder / 'run.log'}")
+
+    def end(self, folder=None):
+        """(exit code, log, block) of a run that has ended."""
+        folder = folder or self.folder
+        self.wait(folder)
+        log = (folder / "run.log").read_text()
+        assert log.count("---\n") == 1, log
+        block = dict(re.split(r":\s+", line, maxsplit=1) for line in log.rpartition("---\n")[2].splitlines())
+        return int((folder / "exit").read_text()), log, block
+
+    def experiment(self, **env):
+        self.start(**env)
+        return self.end()[2]
+
+    def set_waste(self, waste):
+        edit(self.repository / "train.py", ("^WASTE = [0-9.]+", f"WASTE = {waste}"))
+
+    def set_in_loop(self, line, grace=30.0):
+        edit(self.repository / "train.py", (".*# in the loop", f"        {line}  # in the loop"),
+             ("grace=[0-9.]+", f"grace={grace}"))
+
+    def journal(self):
+        return [json.loads(line) for line in (self.cache / "runs.jsonl").read_text().splitlines()]
+
+    def results(self):
+        header, *rows = (self.repository / "results.tsv").read_text().split("\n")
+        assert header == "commit\tval_bpb\tmemory_gb\tstatus\tdescription" and rows.pop() == ""
+        return [row.split("\t") for row in rows]
+
+
+@pytest.fixture
+def lab(driver, tmp_path, toy):
+    return Lab(driver, tmp_path, toy)
+
+
+# Every ending of the real train.py
+
+KILLED = "killed from outside, or by the system when memory ran out"
+ENDINGS = {  # what happens after the third step, a line or a signal: status, error, exit code
+    "hung": ("exec('while True: pass')", "timeout", ".*4 s .* time budget of 1 s.*", -9),
+    "hung in C": ("ctypes.PyDLL(None).sleep(100)", "timeout", ".*4 s .* time budget of 1 s.*", -9),
+    "interrupted": (signal.SIGINT, "crash", "interrupted", 130),
+    "terminated": (signal.SIGTERM, "crash", KILLED, -15),
+    "killed": (signal.SIGKILL, "crash", KILLED, -9),
+    "pkill": ("[os.kill(pid, 15) for pid in (run.watcher, os.getpid())]", "crash", KILLED, -15),
+    "crash": (r"raise ValueError('no such\nlayer')", "crash", "ValueError: no such layer", 1),
+    "exit": ("sys.exit('gave up')", "crash", "SystemExit: gave up", 1),
+    "nan": ("loss.mul_(math.nan)", "nan", "training loss is nan at step 3", 1),
+    "oom": ("raise torch.OutOfMemoryError('of 80 GB')", "oom", "OutOfMemoryError: of 80 GB", 1),
+    "refused": ("break", "refused", r"trained for 0\.\d s of a budget of 1\.2 s: stop when progress\(\) is 1", 1),
+    "ok": ("pass", "ok", "", 0),
+}
+
+
+def small_train(line, grace):
+    """train.py with a tiny model, and `line` after the third step."""
+    source = (ROOT / "train.py").read_text()
+    changes = {rf"^    {name} = .*": f"    {name} = {value}"
+               for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256).items()}
+    changes |= {r"Run\(globals\(\)": f"Run(globals(), grace={grace}",
+                "(?<=run.step.loss, forwards . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
+    for old, new in changes.items():
+        source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)
+        assert count == 1, old
+    return f"import ctypes, sys, time\n{source}"
+
+
+@pytest.fixture(scope="module")
+def endings(driver, toy, tmp_path_factory):
+    """{name: Lab} in which train.py comes to each of its ends."""
+    labs, signals = {}, {name: what for name, (what, *_) in ENDINGS.items() if isinstance(what, signal.Signals)}
+    for name, (what, status, *_) in ENDINGS.items():
+        player = small_train("time.sleep(60)" if name in signals else what, 4 if status == "timeout" else 60)
+        lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, 1.2, player)
+        (lab.cache / "cpu.lock").write_text("999999999\n")  # of a dead process
+        lab.start()
+    for name, number in signals.items():
+        os.kill(labs[name].running(), number)
+    return labs
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_every_ending_is_reported(endings, name):
+    lab, (_, status, error, expected_code) = endings[name], ENDINGS[name]
+    code, log, block = lab.end()
+    assert (code, block["status"]) == (expected_code, status)
+    assert re.fullmatch(error, block.get("error", ""))
+    assert ("val_bpb" in block) == (status == "ok")
+    [record], [row] = lab.journal(), lab.results()
+    assert [record[key] for key in ("status", "error", "commit")] == [status, block.get("error", ""), block["commit"]]
+    assert record["depth"] == 1 and record["num_steps"] >= 1 and record["constants"]["TOTAL_BATCH"] == 256
+    scored = [block["val_bpb"], "0.0", "keep"] if status == "ok" else ["0.000000", "0.0", "crash"]
+    assert row == [block["commit"], *scored, "baseline"]
+    last = log[-3_000:]
+    assert f"\nstatus:           {status}\n" in last
+    assert ("Traceback" in last) == (name in ("crash", "exit")), last
+    assert name != "crash" or "\nValueError: no such\nlayer\n---\n" in last
+    with open(lab.cache / "cpu.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# One run at a time
+
+
+def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
+    lab, second = Lab(driver, tmp_path, toy, budget=60), tmp_path / "second"
+    second.mkdir()
+    lab.start()
+    pid = lab.running()
+    lab.start(second)
+    code, _, block = lab.end(second)
+    assert (code, block["status"]) == (1, "refused") and "val_bpb" not in block
+    assert f"process {pid} trains on it" in block["error"]
+    assert float(block["total_seconds"]) < 5
+    assert lab.results() == [] and [record["status"] for record in lab.journal()] == ["refused"]
+    os.kill(pid, signal.SIGKILL)
+    assert lab.end()[2]["status"] == "crash"
+    assert [row[3] for row in lab.results()] == ["crash"]
+
+
+# Rows of results.tsv
+
+
+@pytest.mark.parametrize("env", [dict(AUTORESEARCH_TIME_BUDGET="1"), dict(AUTORESEARCH_SEED="7")])
+def test_a_non_standard_run_is_in_the_journal_alone(lab, env):
+    block = lab.experiment(**env)
+    assert block["status"] == "ok" and "val_bpb" in block and block["verdict"].startswith("none: AUTORESEARCH_")
+    [record] = lab.journal()
+    assert (record["standard"], record["seed"]) == (False, int(env.get("AUTORESEARCH_SEED", 42)))
+    assert "row" not in record and lab.results() == []
+
+
+def test_rows_and_verdicts_agree(lab):
+    expected = []
+    for waste, status, verdict in ((5, "keep", "first"), (6, "discard", "0"), (5, "discard", "0"), (4, "keep", "0")):
+        lab.set_waste(waste)
+        lab.commit("tabs\tand\nlines of cafés\n\nand a body")
+        block = lab.experiment()
+        best = verdict if verdict == "first" else f"best was {expected[0][1]}"
+        assert block["verdict"] == f"{status} ({best})"
+        hash = lab.git("rev-parse", "--short=7", "HEAD")
+        expected.append([hash, block["val_bpb"], "0.0", status, "tabs and lines of cafés"])
+        assert lab.results() == expected and lab.journal()[-1]["row"] == "\t".join(expected[-1])
+        assert lab.journal()[-1]["constants"] == dict(WASTE=waste)
+
+
+@pytest.mark.parametrize("name, mark", [("train.py", "+"), ("prepare.py", "+"), ("README.md", "")])
+def test_a_change_not_committed_is_marked(lab, name, mark):
+    with open(lab.repository / name, "a") as f:
+        f.write("# a change\n")
+    commit = lab.git("rev-parse", "--short=7", "HEAD") + mark
+    assert lab.experiment()["commit"] == commit
+    assert lab.results()[0][0] == lab.journal()[0]["commit"] == commit
+
+
+# What must not cost a run its record
+
+
+@pytest.mark.parametrize("line, status", [
+    ("run.record['constants']['KINDS'] = (torch.float32, len)", "ok"),  # what JSON does not know
+    ("os.fork() or (time.sleep(2), os._exit(0))", "ok"),  # a process that outlives the run and its grace
+    ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "crash"),  # nobody reads the output
+    ("vars(sys.modules['prepare'])['write_text'] = lambda *_: os.kill(os.getpid(), 9); 1 / 0", "crash"),  # kill -9
+])  # fmt: skip
+def test_an_unusual_run_is_recorded_once(lab, line, status):
+    lab.set_in_loop(f"if run.record['num_steps'] == 1: {line}", grace=1.5)
+    lab.start()
+    lab.wait()
+    [record] = lab.journal()
+    assert record["status"] == status and record["row"]
+
+
+def test_a_run_without_git_is_recorded(lab):
+    block = lab.experiment(PATH="/nowhere")
+    assert (block["status"], block["commit"]) == ("ok", "none")
+
+
+def test_a_lock_that_cannot_be_opened_is_a_crash(lab):
+    (lab.cache / "cpu.lock").mkdir()
+    assert lab.experiment()["error"].startswith("IsADirectoryError: ")
+    assert [record["status"] for record in lab.journal()] == ["crash"]
+
+
+def test_half_a_line_stays_alone(tmp_path):
+    path = tmp_path / "below" / "lines"
+    prepare.append_line(path, "first")
+    prepare.append_line(path, "second")
+    path.write_bytes(path.read_bytes() + "hälf".encode()[:2])
+    prepare.append_line(path, "third")
+    assert path.read_bytes() == b"first\nsecond\nh\xc3\nthird\n"
+
+
+def test_rows_come_from_the_file_and_the_journal(lab):
+    by_hand, here = "1234567\tn/a\t1\tkeep\tmade by hand", dict(repository=str(lab.repository), branch="main")
+    with open(lab.repository / "results.tsv", "a") as f:
+        f.write(f"{by_hand}\na row in both")  # the second without its newline
+    records = [here | dict(row="a row in both"), here | dict(row="lost"), here | dict(row="lost"), here,
+               dict(row="elsewhere"), here | dict(row="elsewhere", repository="/other"),
+               here | dict(row="elsewhere", branch="other")]
+    lines = [*map(json.dumps, records), '{"row": "ha', '{"constants": {"DEPTH": 8}', "[]", "\xe4{}", '{"row": "ha']
+    (lab.cache / "runs.jsonl").write_text("\n".join(lines))
+    block = lab.experiment()
+    assert block["verdict"] == "keep (first)"
+    new = [block["commit"], block["val_bpb"], "0.0", "keep", "baseline"]
+    assert lab.results() == [by_hand.split("\t"), ["a row in both"], ["lost"], ["lost"], new]
+
+
+# Git takes rows out of results.tsv
+
+BREAKS = dict(  # in the loop of a player
+    crash="raise ValueError('no')", hang="ctypes.PyDLL(None).sleep(100)", killed="os.kill(os.getpid(), 9)",
+    oom="raise torch.OutOfMemoryError('of 80 GB')",
+)
+EXPERIMENTS = [  # what is tried, the status of its row, what is done with git after it
+    (9.0, "keep", ""), (9.5, "discard", "reset"), (8.0, "keep", ""), ("crash", "crash", "reset"),
+    ("hang", "crash", "reset"), ("oom", "crash", "reset"), (7.0, "keep", "undo"), ("killed", "crash", "reset"),
+    (6.0, "keep", "other"), (5.0, "keep", ""), (5.5, "discard", "reset"), ("oom", "crash", "undo"),
+    (4.5, "keep", "main"), (4.0, "keep", ""), (6.5, "discard", "reset"), ("hang", "crash", "undo"),
+    ("killed", "crash", "undo"), (3.0, "keep", "other"), (7.5, "discard", "main"), (2.0, "keep", ""),
+]  # fmt: skip
+VARIANTS = ["header tracked", "rows tracked", "ignored"]  # what git knows of results.tsv
+
+
+def try_all(lab, variant):
+    """Go through EXPERIMENTS as an agent does; after each, every row of the branch is there. Returns the rows."""
+    lab.git("branch", "other")
+    if variant == "ignored":  # on main; a checkout of the other branch overwrites it
+        lab.git("rm", "-q", "--cached", "results.tsv")
+        edit(lab.repository / ".gitignore", (r"\Z", "results.tsv\n"))
+        lab.git("commit", "-q", "-a", "-m", "ignore results.tsv")
+    branch, rows = "main", {"main": [], "other": []}
+    for number, (what, status, after) in enumerate(EXPERIMENTS):
+        if what in BREAKS:
+            lab.set_in_loop(BREAKS[what], 0.5 if what == "hang" else 30.0)
+        else:
+            lab.set_waste(what)
+        if after != "undo":
+            lab.git("commit", "-q", "-m", f"{number} {what}", *(["-a"] if variant == "rows tracked" else ["train.py"]))
+        block = lab.experiment()
+        subject = lab.git("log", "-1", "--format=%s")
+        rows[branch].append([block["commit"], block.get("val_bpb", "0.000000"), "0.0", status, subject])
+        now = lab.results()
+        assert all(now.count(row) == rows[branch].count(row) for row in rows[branch]), (number, now)
+        if after == "reset":
+            lab.git("reset", "-q", "--hard", "HEAD~1")
+        elif after == "undo":
+            lab.git("checkout", "-q", "--", "train.py")
+        elif after:
+            lab.git("checkout", "-q", *(["-f"] if variant != "header tracked" else []), after)
+            branch = after
+    return rows
+
+
+@pytest.fixture(scope="module")
+def loops(driver, toy, tmp_path_factory):
+    with ThreadPoolExecutor() as pool:
+        labs = {variant: Lab(driver, tmp_path_factory.mktemp("loop"), toy, 0.1) for variant in VARIANTS}
+        yield {variant: (lab, pool.submit(try_all, lab, variant)) for variant, lab in labs.items()}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_git_loses_no_row(loops, variant):
+    lab, loop = loops[variant]
+    rows = loop.result()
+    journal = lab.journal()
+    assert len(journal) == len(EXPERIMENTS)
+    for branch in rows:
+        assert [record["row"].split("\t") for record in journal if record["branch"] == branch] == rows[branch]
+    statuses = {record["description"].split()[1]: record["status"] for record in journal}
+    assert {what: statuses[what] for what in BREAKS} == dict(crash="crash", hang="timeout", killed="crash", oom="oom")
