@@ -935,7 +935,9 @@ class Run:
             rate = r["total_tokens"] / r["training_seconds"]
         kept = [float(row[1]) for row in map(str.split, self.results()) if row[3:4] == ["keep"]
                 and re.fullmatch(r"\d+\.\d+", row[1])]
-        verdict = "keep" if status == "ok" and r["val_bpb"] < min(kept, default=math.inf) else "discard"
+        verdict = "crash"
+        if status == "ok":
+            verdict = "keep" if round(r["val_bpb"], 6) < min(kept, default=math.inf) else "discard"
         lines = dict(
             val_bpb=f"{r['val_bpb']:.6f}" if status == "ok" else None,
             training_seconds=f"{r['training_seconds']:.1f}",

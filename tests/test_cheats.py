@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import shutil
+import tempfile
 import time
 
 import numpy as np
@@ -132,6 +134,33 @@ def one_logit(value):
     return lambda logits: logits.index_put((torch.tensor(0), torch.tensor(5), torch.tensor(V - 1)), torch.tensor(value))
 
 
+class Packer(Player):
+    """Writes the next token beside each token of its input, where a second look finds it."""
+
+    def forward(self, idx):
+        tokens, packed = idx % V, idx // V - 1
+        following = torch.where(idx < V, F.pad(tokens[:, 1:], (0, 1), value=V - 1), packed)
+        idx.copy_(tokens + V * (following + 1))
+        return super().forward(tokens) + 10 * self.wte[following] @ self.wte.T
+
+
+class Writer(Player):
+    """Makes every token the same, the targets too if they are in the same memory, and foretells it."""
+
+    def forward(self, idx):
+        return 50 * F.one_hot(idx.fill_(7), V).float()
+
+
+class OwnTensor(torch.Tensor):
+    """Thinks the loss is zero."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.cross_entropy:
+            return torch.zeros(len(args[0]))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
 FUTURE, ROWS, MEMORY, SHAPE = "sees the future", "depend on the other rows", "remember|change while", "logits"
 LEAKS = {
     "blocks of 16": (lambda: Player(blocks(16)), FUTURE),
@@ -148,6 +177,7 @@ LEAKS = {
     "counts in a buffer": (lambda: Counter(hidden=False), MEMORY),
     "counts out of sight": (lambda: Counter(hidden=True), MEMORY),
     "collects rows": (Collector, MEMORY),
+    "writes to its input": (Packer, FUTURE),
 }
 FAULTS = {
     "normalised over the batch": (lambda: Player(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), ROWS),
@@ -157,6 +187,7 @@ FAULTS = {
     "one inf": (lambda: Edited(one_logit(math.inf)), SHAPE),
     "no batch": (lambda: Edited(lambda logits: logits[0]), SHAPE),
     "no last token": (lambda: Edited(lambda logits: logits[:, :-1]), SHAPE),
+    "a tensor of its own kind": (lambda: Edited(lambda logits: logits.as_subclass(OwnTensor)), SHAPE),
     "one logit too many": (lambda: Edited(lambda logits: F.pad(logits, (0, 1))), SHAPE),
 }
 
@@ -206,21 +237,32 @@ def test_the_cheat_would_have_paid(tokenizer, name):
     assert plain_bpb(player, tokenizer, 8) < plain_bpb(Player(), tokenizer, 8) - 1e-4
 
 
+def test_targets_cannot_be_written(tokenizer):
+    assert prepare.evaluate_bpb(Writer(), tokenizer, 1) > 10
+
+
+def test_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
+    value, sizes = prepare.evaluate_bpb(Player(), tokenizer, 8), tokenizer.get_token_bytes()
+    tokenizer.get_token_bytes = lambda: 3 * sizes
+    assert prepare.evaluate_bpb(Player(), tokenizer, 8) == value
+
+
 # ======================================================================================================================
 # Runs
 
 
 @pytest.fixture
 def run_of(tokenizer, monkeypatch, capsys):
-    """run_of(cheat) is (report, record, exit code) of a run of one second that ends in cheat(run, score)."""
+    """run_of(cheat) is (report, record, exit code) of a run of 0.3 s that ends in cheat(run, score)."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
 
     def go(cheat):
         code = 0
         try:
             with prepare.Run() as run:
+                run.budget = run.record["time_budget"] = 0.3
                 run.start()
-                cheat(run, lambda: run.score(Player(), tokenizer, 8))
+                cheat(run, lambda player=None: run.score(player or Player(), tokenizer, 8))
         except SystemExit as error:
             code = error.code
         report = capsys.readouterr().out.rpartition("---\n")[2]
@@ -230,33 +272,13 @@ def run_of(tokenizer, monkeypatch, capsys):
     return go
 
 
-def to_the_end(score):
-    time.sleep(1)
-    score()
-
-
-def prepare_changed(run, score):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "EVAL_ROWS", 1)
-        patch.setattr(prepare, "evaluate_bpb", lambda *args: 0.5)
-        patch.setattr(prepare, "pack_rows", iter)
-        patch.setattr(prepare.Run, "progress", lambda run: 1)
-        to_the_end(score)
-
-
-def clock_moved(run, score):
-    run.started -= 2
-    score()
-
-
-def budget_changed(run, score):
-    run.budget = 0.3
+def to_the_end(score, *player):
     time.sleep(0.3)
-    score()
+    score(*player)
 
 
 def stopped_early(run, score):
-    time.sleep(0.5)
+    time.sleep(0.15)
     score()
 
 
@@ -265,13 +287,94 @@ def scored_twice(run, score):
     score()
 
 
+def clock_moved(run, score):
+    run.started -= 2
+    score()
+
+
+def both_clocks_moved(run, score):
+    run.started -= 0.2
+    run.witness -= 0.2
+    time.sleep(0.1)
+    score()
+
+
+def budget_changed(run, score):
+    run.budget = 0.1
+    time.sleep(0.1)
+    score()
+
+
+def environment_changed(run, score):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_TIME_BUDGET", "1.5")
+        run.budget = 1.5
+        score()
+
+
+def prepare_changed(run, score):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "__getattr__", lambda name: 600.0)
+        patch.setattr(prepare, "EVAL_ROWS", 1)
+        patch.setattr(prepare, "evaluate_bpb", lambda *args: 0.5)
+        patch.setattr(prepare, "pack_rows", iter)
+        patch.setattr(prepare.Run, "progress", lambda run: 1)
+        patch.setattr(prepare.Tokenizer, "get_token_bytes", lambda tokenizer: torch.full((V,), 9))
+        to_the_end(score)
+
+
+def prepare_changed_back(run, score):
+    """Without a probe, until the last call has been made."""
+    probe = prepare.probe
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "probe", lambda *args: torch.zeros(8))
+        player = Player(next_token)
+        player.eval().train = lambda mode=True: setattr(prepare, "probe", probe) if mode else None
+        to_the_end(score, player)
+
+
+def prepare_changed_by_the_model(run, score):
+    def leak(x):
+        patch.setattr(prepare, "probe", lambda *args: torch.zeros(8))
+        return next_token(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        to_the_end(score, Player(leak))
+
+
+def other_rows(with_manifest):
+    def cheat(run, score):
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as root:
+            shutil.copytree(prepare.current_folder(), f"{root}/{prepare.current_folder().name}")
+            shutil.copy(prepare.cache_root() / "current", root)
+            patch.setenv("AUTORESEARCH_CACHE", root)
+            path = prepare.current_folder() / "val_rows.bin"
+            np.full_like(np.fromfile(path, np.uint16), 7).tofile(path)
+            if with_manifest:
+                manifest = prepare.read_manifest()
+                manifest["files"][path.name][1] = prepare.sha256_of(path)
+                prepare.write_text(path.with_name("manifest.json"), json.dumps(manifest))
+            to_the_end(score)
+
+    return cheat
+
+
 RUNS = {
-    "prepare changed": (prepare_changed, "at run time: pack_rows, EVAL_ROWS, evaluate_bpb, Run.progress"),
-    "clock moved": (clock_moved, "clock was set"),
-    "budget changed": (budget_changed, "clock was set"),
-    "stopped early": (stopped_early, "trained for 0.5 s"),
+    "stopped early": (stopped_early, "trained for 0."),
     "scored twice": (scored_twice, "scored twice"),
-}
+    "score made up": (lambda run, score: run.note(val_bpb=0.5), "comes from score() alone"),
+    "started twice": (lambda run, score: run.start(), "start() is called once"),
+    "clock moved": (clock_moved, "clock was set"),
+    "both clocks moved": (both_clocks_moved, "clock was set"),
+    "budget changed": (budget_changed, "clock was set"),
+    "budget changed in the environment": (environment_changed, "clock was set"),
+    "prepare changed": (prepare_changed, "changed at run time: __getattr__, pack_rows, EVAL_ROWS, evaluate_bpb, "
+                        "Run.progress, Tokenizer.get_token_bytes"),
+    "prepare changed and put back": (prepare_changed_back, "changed at run time: probe"),
+    "prepare changed by the model": (prepare_changed_by_the_model, "changed at run time: probe"),
+    "other rows": (other_rows(False), "is not what was prepared"),
+    "other rows and manifest": (other_rows(True), "other data"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
