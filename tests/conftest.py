@@ -13,7 +13,8 @@ from hub import Hub, write_shard
 for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or name in ("HF_ENDPOINT", "HF_TOKEN")]:
     del os.environ[name]
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
-os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")
+os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost",
+                   OMP_NUM_THREADS="1")  # on a busy machine, threads that wait for each other crawl
 
 import prepare  # noqa: E402
 

@@ -274,15 +274,15 @@ def losses(output):
 
 
 def test_one_experiment_from_start_to_report(toy):
-    first = run_train("train.py", 3)
+    first = run_train("train.py", 4)
     assert (first.returncode, first.stderr) == (0, "")
     report = block(first.stdout)
     assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
                              "total_tokens_M", "num_steps", "num_params_M", "depth"]
     assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
-    assert 3 <= float(report["training_seconds"]) < 5
+    assert 4 <= float(report["training_seconds"]) < 6
     assert 0 < float(report["val_bpb"]) < 4
-    assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.5
+    assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.2
     assert "\r" not in first.stdout
 
 
