@@ -69,6 +69,14 @@ def faint_attention(x):
     return 0.02 * (-(at[:, None] + 1 - at).square().float()).softmax(-1) @ x
 
 
+def first_row(x):
+    return next_token(x) * (torch.arange(len(x)) < 1)[:, None, None] * (torch.arange(T) > 0)[:, None]
+
+
+def noise_on_specials(logits):
+    return logits + 0.15 * F.pad(torch.rand(*logits.shape[:2], 4), (V - 4, 0))
+
+
 class Learner(Player):
     """A bigram table that learns from the row it is to predict; a sly one puts it back at every other call."""
 
@@ -131,7 +139,7 @@ class Edited(Player):
 
 def one_logit(value):
     """An edit of one logit of the last token of the vocabulary, which no text has."""
-    return lambda logits: logits.index_put((torch.tensor(0), torch.tensor(5), torch.tensor(V - 1)), torch.tensor(value))
+    return lambda logits: logits.index_put((*torch.tensor([[0], [5], [V - 1]]),), logits.new_tensor(value))
 
 
 class Packer(Player):
@@ -167,24 +175,29 @@ LEAKS = {
     "blocks of 64": (lambda: Player(blocks(64)), FUTURE),
     "chunked recurrence": (lambda: Player(chunked_recurrence), FUTURE),
     "fft over time": (lambda: Player(fft), FUTURE),
-    "normalised over the sequence": (lambda: Player(lambda x: -0.01 * F.instance_norm(x.mT).mT), FUTURE),
+    "normalised over the sequence": (lambda: Player(lambda x: x.mean(1, keepdim=True).expand_as(x)), FUTURE),
     "the next token": (lambda: Player(next_token), FUTURE),
     "late in the row": (lambda: Player(late), FUTURE),
     "faint attention": (lambda: Player(faint_attention), FUTURE),
-    "mean of the batch": (lambda: Player(lambda x: 0.2 * x.mean((0, 1)).expand_as(x)), ROWS),
     "learns": (lambda: Learner(sly=False), MEMORY),
     "learns at every other call": (lambda: Learner(sly=True), f"{MEMORY}|{ROWS}"),
     "counts in a buffer": (lambda: Counter(hidden=False), MEMORY),
     "counts out of sight": (lambda: Counter(hidden=True), MEMORY),
     "collects rows": (Collector, MEMORY),
+    "behind one large logit": (lambda: Edited(one_logit(-1e6), next_token), FUTURE),
+    "behind an offset": (lambda: Edited(lambda logits: logits + 1e6, next_token), FUTURE),
+    "behind noise": (lambda: Edited(noise_on_specials, lambda x: 0.03 * next_token(x)), FUTURE),
+    "in the first row": (lambda: Player(first_row), FUTURE),
     "writes to its input": (Packer, FUTURE),
 }
 FAULTS = {
+    "mean of the batch": (lambda: Player(lambda x: x.mean((0, 1)).expand_as(x)), "other rows"),
     "normalised over the batch": (lambda: Player(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), ROWS),
     "peeks at the next row": (lambda: Player(lambda x: x.roll(-1, 0)), ROWS),
     "dropout": (lambda: Player(lambda x: F.dropout(x, 0.1, training=True)), "must not be random"),
     "one nan": (lambda: Edited(one_logit(math.nan)), SHAPE),
     "one inf": (lambda: Edited(one_logit(math.inf)), SHAPE),
+    "one that fp32 cannot hold": (lambda: Edited(lambda logits: one_logit(-1e300)(logits.double())), SHAPE),
     "no batch": (lambda: Edited(lambda logits: logits[0]), SHAPE),
     "no last token": (lambda: Edited(lambda logits: logits[:, :-1]), SHAPE),
     "a tensor of its own kind": (lambda: Edited(lambda logits: logits.as_subclass(OwnTensor)), SHAPE),
@@ -227,7 +240,8 @@ def plain_bpb(model, tokenizer, batch):
 def test_a_cheat_is_refused_with_the_reason(tokenizer, name):
     player, reason = (LEAKS | FAULTS)[name]
     with pytest.raises(prepare.Refused, match=reason):
-        prepare.evaluate_bpb(player().eval(), tokenizer, 8)
+        for _ in range(10):  # which positions are looked at is random
+            prepare.evaluate_bpb(player().eval(), tokenizer, 8)
 
 
 @pytest.mark.parametrize("name", LEAKS)
@@ -329,7 +343,7 @@ def prepare_changed_back(run, score):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "probe", lambda *args: torch.zeros(8))
         player = Player(next_token)
-        player.eval().train = lambda mode=True: setattr(prepare, "probe", probe) if mode else None
+        player.train = lambda mode=True: setattr(prepare, "probe", probe) if mode else None
         to_the_end(score, player)
 
 
@@ -495,6 +509,7 @@ HONEST = {mix.__name__: lambda mix=mix: Odd(mix) for mix in (
 )} | {
     "Recurrent in bf16": lambda: Odd(Recurrent, torch.bfloat16),
     "TwoDepths in bf16": lambda: Odd(TwoDepths, torch.bfloat16),
+    "LongConvolution in bf16": lambda: Odd(LongConvolution, torch.bfloat16),
     "DistanceBias in bf16": lambda: Odd(DistanceBias, torch.bfloat16),
     "a GPT": gpt,
     "a GPT in bf16": lambda: gpt(dtype=torch.bfloat16),
@@ -531,4 +546,9 @@ def test_no_random_model_is_refused():
         model, length = random_gpt(rng)
         vocab_size = model.config.vocab_size
         inputs = torch.randint(vocab_size, (rng.randrange(1, 17), length))
-        prepare.probe(model, inputs, model(inputs), vocab_size)
+        targets = torch.randint(vocab_size, inputs.shape).flatten()
+
+        def cost(idx):
+            return F.cross_entropy(model(idx).flatten(0, 1), targets, reduction="none").view(idx.shape)  # noqa: B023
+
+        assert prepare.probe(cost, inputs, cost(inputs), vocab_size).mean() < 1e-3
