@@ -1,45 +1,37 @@
 """
-The referee of autoresearch: data, tokenizer, loader, evaluation, clock and report. Nobody edits this file.
+Makes what train.py and referee.py work with: text, tokenizer, tokens, validation rows. Nobody edits this file.
 
     uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
     uv run prepare.py --data python    the Python source of this environment: no download, works offline
     uv run prepare.py --help           the other corpora and the options
 
 It decides, train.py obeys: the data prepared last is current, and sequence length, vocabulary and validation rows
-are read from its manifest. Eight rooms, each using only those above it: grep -A3 '^# ===' prepare.py
+are read from its manifest. Six rooms, each using only those above it: grep -A3 '^# ===' prepare.py
 """
 
 import argparse
 import base64
 import bisect
-import fcntl
 import hashlib
 import json
 import math
 import os
-import random
 import re
-import select
 import shutil
-import signal
-import subprocess
 import sys
 import sysconfig
-import time
-import traceback
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 # === 1. Contract and paths ============================================================================================
 # reads: the environment, <root>/current, manifest.json
 # writes: nothing of its own
-# used by: every room, train.py
+# used by: every room, referee.py, train.py
 
 FORMAT = 1  # of the cache; another number means: prepare again
 SCALES = {  # full wants a GPU, small is for a CPU; train.py has a group of constants for each
@@ -124,6 +116,10 @@ def __getattr__(name):
         return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1)
     if name == "SCALE":  # "full" or "small"; full where nothing is prepared, so that train.py can be imported
         return read_manifest()["scale"] if (cache_root() / "current").exists() else "full"
+    if name == "evaluate_bpb":  # for a train.py that has no Run
+        import referee
+
+        return referee.evaluate_bpb
     raise AttributeError(f"module 'prepare' has no attribute {name!r}")
 
 
@@ -386,7 +382,7 @@ def gather(data, shards, num_shards, workers):
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===================================================================
 # reads: documents, tokenizer.tiktoken
 # writes: tokenizer.tiktoken
-# used by: the token store, evaluation, main, train.py
+# used by: the token store, main, referee.py, train.py
 
 TRAIN_CHARS, TRAIN_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much text, and so much of a document
 
@@ -595,408 +591,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     return read()
 
 
-# === 6. Evaluation ====================================================================================================
-# reads: val_rows.bin
-# writes: nothing
-# used by: the report, train.py
-
-EVAL_ROWS = 16  # of a forward at most: 16 x 2048 x 8192 logits are 1 GiB in fp32
-PROBED = 0.15  # share of the forwards after which the model is probed: the first, others at random
-REPEATS = 8  # probes of the first forward at the end
-ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats, below them is the rounding of honest bf16
-
-
-class Refused(Exception):
-    """The model, or what was done to the referee, does not allow a score; says why."""
-
-
-def model_state(model):
-    """Copies of parameters and buffers."""
-    return [value.detach().clone() for value in [*model.parameters(), *model.buffers()]]
-
-
-def probe(cost, inputs, nats, vocab_size):
-    """Refuse a model if the `nats` that targets cost after `inputs` (both (B, T)) change with what it must not see.
-
-    In one forward, every row keeps a prefix and gets another token everywhere after it: all of one row is kept (its
-    neighbours must not matter), 1 token, T - 1 tokens and random numbers of the rest. Returns how much more the target
-    after a prefix costs, (B, 1): there, nothing that the model sees of the future is left.
-    """
-    (B, T), rng = inputs.shape, random.SystemRandom()
-    lengths = rng.sample([T, 1, T - 1, *(rng.randrange(1, T + 1) for _ in range(max(1, B - 3)))], B)
-    kept = torch.tensor(lengths, device=inputs.device)[:, None]
-    seen = torch.arange(T, device=inputs.device) < kept  # (B, T)
-    others = (inputs + torch.randint_like(inputs, 1, vocab_size)) % vocab_size
-    change = (cost(torch.where(seen, inputs, others)) - nats) * seen
-    if not float(change.abs().max()) <= ONE_CHANGE:  # or it is nan
-        noise, neighbours = float((cost(inputs) - nats).abs().max()), float((change * (kept == T)).abs().max())
-        if noise > ONE_CHANGE:
-            raise Refused(f"two forwards of the same input differ by {noise:.2g} nats: logits must not be random, nor "
-                          "remember what was scored")
-        if neighbours > ONE_CHANGE:
-            raise Refused("the logits of a row depend on the other rows of the batch")
-        row, at = divmod(int(change.abs().argmax()), T)
-        raise Refused(f"the model sees the future: tokens from position {lengths[row]} on change what the target of "
-                      f"position {at} costs by {float(change[row, at]):.2g} nats")
-    return change.gather(1, kept - 1)
-
-
-@torch.no_grad()
-def evaluate_bpb(model, tokenizer, batch_size):
-    """Validation bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]; raises Refused.
-
-    The mean code length, in bits per UTF-8 byte, of the targets of the fixed validation rows under a causal model;
-    special tokens carry no bytes and are left out of both sums. The loss is computed here: from the logits, in fp32,
-    summed in fp64. Each row is read once, whatever `batch_size`, which out of memory halves.
-    """
-    path, manifest = current_folder() / "val_rows.bin", read_manifest()
-    if sha256_of(path) != manifest["files"][path.name][1]:
-        raise Refused(f"{path} is not what was prepared; prepare the data again")
-    rows = np.fromfile(path, dtype=np.uint16).reshape(-1, manifest["seq_len"] + 1)
-    device = next((p.device for p in model.parameters()), default_device())
-    token_bytes, batch = Tokenizer.from_directory().get_token_bytes(), max(1, min(int(batch_size), EVAL_ROWS))
-    was_training, state = model.training, model_state(model)
-    model.eval()
-
-    def cost(inputs):
-        """Nats of `targets` after `inputs`; the model gets a copy that it may write to."""
-        logits = model(inputs.clone())
-        if type(logits) is not torch.Tensor or logits.shape != (*inputs.shape, len(token_bytes)):
-            raise Refused(f"the model returned {type(logits).__name__} {[*logits.shape]} for inputs {[*inputs.shape]}: "
-                          f"a tensor with {len(token_bytes)} logits to a token is needed")
-        logits = logits.detach().float()
-        if not bool(torch.isfinite(logits).all()):
-            raise Refused("logits must be finite")
-        with torch.autocast(device.type, enabled=False):
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(inputs.shape)
-
-    def check():
-        edges.append(probe(cost, inputs, nats, len(token_bytes)))
-        if not all(map(torch.equal, state, model_state(model))):
-            raise Refused("parameters or buffers change while the model is scored")
-
-    total, total_bytes, at, first, edges, rng = 0.0, 0, 0, None, [], random.SystemRandom()
-    while at < len(rows):
-        ids = torch.from_numpy(rows[at : at + batch].astype(np.int64))
-        inputs, targets = ids[:, :-1].to(device), ids[:, 1:].to(device)
-        try:
-            nats = cost(inputs)
-            if first is None or rng.random() < PROBED:
-                check()
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-            batch //= 2
-            continue
-        first = first or (inputs, targets, nats)
-        counted = token_bytes[ids[:, 1:]]
-        total += float(nats.cpu().double()[counted > 0].sum())
-        total_bytes += int(counted.sum())
-        at += len(ids)
-    inputs, targets, nats = first
-    for _ in range(REPEATS):  # once more: nothing scored since may have left a trace
-        check()
-    gain, change = float(torch.cat(edges).mean()), float(torch.cat(edges).abs().mean())
-    if gain > MEAN_GAIN or change > MEAN_CHANGE:
-        raise Refused(f"the model sees the future or other rows: with other tokens there, the cost of a target changes "
-                      f"by {change:.2g} nats and grows by {gain:.2g} on average")
-    model.train(was_training)
-    return total / (math.log(2) * total_bytes)
-
-
-# === 7. Clock and report ==============================================================================================
-# reads: the clock, the environment, git, <root>/runs.jsonl
-# writes: standard output, results.tsv, <root>/runs.jsonl, <root>/<device>.lock
-# used by: train.py
-
-GRACE = 300.0  # seconds a run may take beside its time budget
-REPOSITORY = Path(__file__).parent
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"  # of results.tsv
-PEAK_FLOPS = {  # dense bf16, by a part of the device's name; the first that matches counts
-    "B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12, "A100": 312e12,
-    "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12, "NVIDIA L4": 121e12,
-}
-
-
-def git(*words):
-    if not shutil.which("git"):
-        return ""
-    run = subprocess.run(["git", "-C", REPOSITORY, *words], capture_output=True, text=True)
-    return run.stdout.strip() if run.returncode == 0 else ""
-
-
-def fingerprint():
-    """What a player could replace at run time: constants by value, functions and methods by their code."""
-    things = globals() | {f"{c.__name__}.{name}": value for c in (Run, Tokenizer) for name, value in vars(c).items()}
-    return {name: repr(value) if name.isupper() else id(getattr(value, "__code__", value))
-            for name, value in things.items() if name != "PRISTINE"}
-
-
-def append_line(path, line):
-    """Append in one write, after a newline where a kill has left half a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as f:
-        if f.tell():
-            f.seek(-1, os.SEEK_END)
-            line = line if f.read(1) == b"\n" else f"\n{line}"
-        f.write(f"{line}\n".encode())
-
-
-def whole_lines(path):
-    return path.read_text(errors="replace").splitlines() if path.exists() else []
-
-
-class Run:
-    """One experiment: `with Run(globals()) as run:`, in it run.start(), run.progress() and run.step(), run.score().
-
-    From start() on everything is on the clock: data, Python, logging. Whatever ends the block, the report is printed
-    and written to the journal, for a standard run also to results.tsv. A process beside it does that for a run that
-    is killed, and kills a run that takes GRACE seconds more than its budget.
-    """
-
-    def __init__(self, constants=None, grace=GRACE):
-        self.opened, self.budget = time.monotonic(), __getattr__("TIME_BUDGET")
-        self.seed, self.grace = env_number("AUTORESEARCH_SEED", 42, 0), grace
-        self.standard = not {"AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_SEED"} & os.environ.keys()
-        self.data, self.started, self.witness = read_manifest(), None, None
-        self.losses, self.late_loss, self.next_line, self.lock_file = [], None, 0.0, None
-        dirty = "+" if git("status", "--porcelain", "--", "train.py", "prepare.py") else ""
-        files = {name: sha256[:16] for name, (_, sha256) in self.data["files"].items()}
-        self.record = dict(  # what the report and the journal say
-            num_steps=0, total_tokens=0, num_params=0, flops_per_token=0, depth=0, attention="n/a", device="n/a",
-            peak_vram_mb=0.0, training_seconds=0.0, startup_seconds=0.0, eval_seconds=0.0, val_bpb=None, seed=self.seed,
-            standard=self.standard, time_budget=self.budget, data=f"{self.data['data']}-{self.data['scale']}",
-            commit=(git("rev-parse", "--short=7", "HEAD") or "none") + dirty, branch=git("branch", "--show-current"),
-            description=git("log", "-1", "--format=%s"), repository=str(REPOSITORY), torch=torch.__version__,
-            prepare=sha256_of(__file__)[:16], tokenizer=files["tokenizer.tiktoken"], val_rows=files["val_rows.bin"],
-            constants={name: value for name, value in (constants or {}).items()
-                       if name.isupper() and isinstance(value, int | float | str | tuple)},
-        )
-
-    def __enter__(self):
-        sys.stdout.flush()
-        told, self.pipe = os.pipe()
-        self.watcher = os.fork()
-        if self.watcher == 0:
-            try:
-                self.watch(told)
-            finally:
-                os._exit(0)
-        os.close(told)
-        try:
-            self.device = default_device()
-            self.lock()
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-        return self
-
-    def lock(self):
-        """Hold the device's lock until the end of the run, or refuse the run."""
-        unit, name = "cpu", f"cpu ({torch.get_num_threads()} threads)"
-        if self.device.type == "cuda":
-            name, unit = torch.cuda.get_device_name(), f"cuda-{torch.cuda.get_device_properties(0).uuid}"
-        path = cache_root() / f"{unit}.lock"
-        self.lock_file = open(path, "a+")
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = path.read_text().strip()
-            raise Refused(f"{name} is taken: process {holder} trains on it, and both timings would be wrong; wait for "
-                          "it, stop it, or choose another GPU with CUDA_VISIBLE_DEVICES") from None
-        self.lock_file.truncate(0)
-        self.lock_file.write(f"{os.getpid()}\n")
-        self.lock_file.flush()
-        self.note(device=name)
-
-    def watch(self, told):
-        """In a process of its own: follow the run through the pipe `told`; report it if it is killed or hangs."""
-        os.setsid()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.pipe)  # so that tell() is harmless here
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # pkill -f train.py means both processes
-            signal.signal(number, signal.SIG_IGN)
-        text, left, run = b"", 1.0, os.getppid()
-        while left > 0:
-            left = self.opened + self.budget + self.grace - time.monotonic()
-            if select.select([told], [], [], max(0.0, left))[0]:
-                text = text[text.rfind(b"\n", 0, -1) + 1 :]
-                block = os.read(told, 1 << 16)
-                text += block
-                if text.endswith(b"{}\n"):  # the run has reported itself
-                    return
-                if not block:
-                    break
-        for line in text.splitlines()[-1:]:
-            self.record |= json.loads(line)
-        if left <= 0 and os.getppid() == run:
-            os.kill(run, signal.SIGSTOP)
-            self.finish("timeout", f"still running {self.grace:.0f} s after its time budget of {self.budget:.0f} s")
-            os.kill(run, signal.SIGKILL)
-        else:
-            self.finish("crash", "killed from outside, or by the system when memory ran out")
-
-    def tell(self, record):
-        os.write(self.pipe, json.dumps(record).encode() + b"\n")
-
-    def note(self, **facts):
-        """Tell the report what was built: depth, num_params, flops_per_token, attention."""
-        if "val_bpb" in facts:
-            raise Refused("val_bpb comes from score() alone")
-        self.record |= facts
-        self.tell({key: value for key, value in self.record.items() if key != "constants"})
-
-    def start(self):
-        """Start the clock; all before was start-up."""
-        self.synchronize()
-        if self.started is not None:
-            raise Refused("the clock runs already: start() is called once")
-        self.started, self.witness = time.monotonic(), time.perf_counter()
-        self.note(startup_seconds=self.started - self.opened)
-
-    def progress(self):
-        """Share of the time budget used so far; the run is over at 1."""
-        return (time.monotonic() - self.started) / self.budget
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def step(self, loss, tokens):
-        """Count an optimizer step on `tokens` tokens. Its loss, a tensor, is read one step late to spare a wait."""
-        self.read_loss()
-        self.late_loss = loss
-        self.record["num_steps"] += 1
-        self.record["total_tokens"] += tokens
-
-    def read_loss(self):
-        if self.late_loss is None:
-            return
-        self.losses.append(float(self.late_loss))
-        steps, progress, live = self.record["num_steps"], self.progress(), sys.stdout.isatty()
-        if not math.isfinite(self.losses[-1]):
-            raise FloatingPointError(f"training loss is {self.losses[-1]} at step {steps}")
-        if steps <= 3 or progress >= self.next_line:  # a file gets a line every 5%, a terminal a live one
-            self.next_line = 0 if live else math.floor(20 * progress + 1) / 20
-            recent, rate = self.losses[-20:], self.record["total_tokens"] / (progress * self.budget)
-            print(f"step {steps:05d} | {100 * progress:5.1f}% | loss {sum(recent) / len(recent):.6f} | "
-                  f"{rate:,.0f} tok/s | {max(0, 1 - progress) * self.budget:.0f} s left ",
-                  end="\r" if live else "\n", flush=True)
-            self.note(training_seconds=progress * self.budget)
-
-    def score(self, model, tokenizer, batch_size):
-        """Stop the clock, evaluate `model`, once, and return its val_bpb."""
-        self.read_loss()
-        self.synchronize()
-        seconds, begun = time.monotonic() - self.started, time.monotonic()
-        self.note(training_seconds=seconds)
-        if self.record["val_bpb"] is not None:
-            raise Refused("scored twice: a run has one score")
-        if (abs(time.perf_counter() - self.witness - seconds) > 1 or self.budget != self.record["time_budget"]
-                or self.started - self.opened != self.record["startup_seconds"]):
-            raise Refused("the clock was set: start() and the time budget must stay as they are")
-        if not 0.98 * self.budget <= seconds <= max(1.05 * self.budget, self.budget + 10):
-            raise Refused(f"trained for {seconds:.1f} s of a budget of {self.budget:.1f} s: stop when progress() is 1")
-        self.intact()
-        value = evaluate_bpb(model, tokenizer, batch_size)
-        self.intact()
-        self.record["val_bpb"] = value
-        self.note(eval_seconds=time.monotonic() - begun)
-        return self.record["val_bpb"]
-
-    def intact(self):
-        now = fingerprint()
-        changed = [name for name in PRISTINE if now.get(name) != PRISTINE[name]]
-        if changed:
-            raise Refused(f"prepare.py was changed at run time: {', '.join(changed)}")
-        if read_manifest() != self.data:
-            raise Refused("other data were prepared during the run; run it again")
-
-    def __exit__(self, kind, error, trace):
-        endings = ((Refused, "refused"), (FloatingPointError, "nan"), ((torch.OutOfMemoryError, MemoryError), "oom"))
-        status = next((status for kinds, status in endings if isinstance(error, kinds)), "crash" if error else "ok")
-        reason = f"{kind.__name__}: {error}" if status in ("crash", "oom") else str(error or "")
-        if isinstance(error, KeyboardInterrupt):
-            reason = "interrupted"
-        if status == "ok" and self.record["val_bpb"] is None:
-            status, reason = "crash", "the run ended without a score"
-        if status == "crash" and error and not isinstance(error, KeyboardInterrupt):
-            traceback.print_exception(error)
-        if torch.cuda.is_initialized():
-            self.record["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        self.finish(status, reason)
-        if self.lock_file:
-            self.lock_file.close()
-        os.close(self.pipe)
-        os.waitpid(self.watcher, 0)
-        if status != "ok":
-            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
-
-    def finish(self, status, error=""):
-        """Print the report and log it."""
-        r, words = self.record, " ".join(error.split())[:500]
-        r |= dict(status=status, error=words, total_seconds=time.monotonic() - self.opened, time=time.time())
-        r["loss_curve"] = [round(loss, 4) for loss in self.losses[:: max(1, len(self.losses) // 20)]]
-        rate, peak = 0.0, next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
-        if r["training_seconds"]:
-            rate = r["total_tokens"] / r["training_seconds"]
-        kept = [float(row[1]) for row in map(str.split, self.results()) if row[3:4] == ["keep"]
-                and re.fullmatch(r"\d+\.\d+", row[1])]
-        verdict = "crash"
-        if status == "ok":
-            verdict = "keep" if round(r["val_bpb"], 6) < min(kept, default=math.inf) else "discard"
-        lines = dict(
-            val_bpb=f"{r['val_bpb']:.6f}" if status == "ok" else None,
-            training_seconds=f"{r['training_seconds']:.1f}",
-            total_seconds=f"{r['total_seconds']:.1f}",
-            peak_vram_mb=f"{r['peak_vram_mb']:.1f}",
-            mfu_percent=f"{100 * r['flops_per_token'] * rate / peak:.2f}" if peak else "n/a",
-            total_tokens_M=f"{r['total_tokens'] / 1e6:.1f}",
-            num_steps=r["num_steps"],
-            num_params_M=f"{r['num_params'] / 1e6:.1f}",
-            depth=r["depth"],
-            status=status,
-            error=words or None,
-            verdict=f"{verdict} (best was {min(kept):.6f})" if kept else f"{verdict} (first)",
-            tokens_per_second=f"{rate:.0f}",
-            startup_seconds=f"{r['startup_seconds']:.1f}",
-            eval_seconds=f"{r['eval_seconds']:.1f}",
-            **{key: r[key] for key in ("device", "attention", "seed", "data", "commit")},
-        )
-        logged = self.standard and r["device"] != "n/a"  # which it is before the run has the device
-        if not logged:
-            why = "no device" if self.standard else "AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set"
-            lines["verdict"] = f"none: {why}, so not in results.tsv"
-        self.report = {key: value for key, value in lines.items() if value is not None}
-        if logged:
-            row = [r["commit"], "0.000000", "0.0", "crash", " ".join(r["description"].split())]
-            if status == "ok":
-                row[1:4] = f"{r['val_bpb']:.6f}", f"{r['peak_vram_mb'] / 1024:.1f}", verdict
-            r["row"] = "\t".join(row)
-        append_line(cache_root() / "runs.jsonl", json.dumps(r, default=str))
-        self.tell({})  # reported: the watcher may go
-        if logged:
-            write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in self.results()))
-        lines = ["\n---" if sys.stdout.isatty() else "---", *(f"{k + ':':<17} {v}" for k, v in self.report.items())]
-        print(*lines, sep="\n", flush=True)
-
-    def results(self):
-        """The lines of results.tsv and, after them, those that git took out of it: the journal has every row."""
-        lines = whole_lines(REPOSITORY / "results.tsv") or [HEADER]
-        missing = Counter()
-        for line in whole_lines(cache_root() / "runs.jsonl"):
-            try:
-                record = json.loads(line) if line.endswith("}") else {}
-            except ValueError:  # half a line
-                continue
-            if record.get("row") and all(record.get(key) == self.record[key] for key in ("repository", "branch")):
-                missing[record["row"]] += 1
-        missing.subtract(lines)
-        return lines + [row for row, count in missing.items() for _ in range(count)]
-
-
-PRISTINE = fingerprint()
-
-
-# === 8. main: prepare one corpus and make it current ==================================================================
+# === 6. main: prepare one corpus and make it current ==================================================================
 # reads: the command line
 # writes: <root>/<data>-<scale>/, <root>/current
 # used by: you

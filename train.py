@@ -3,7 +3,7 @@ The player of autoresearch: a GPT trained with Muon and AdamW for five minutes o
 
     uv run train.py > run.log 2>&1
 
-It trains on the data prepared last, for exactly the time budget, and ends with the report of prepare.py, whose first
+It trains on the data prepared last, for exactly the time budget, and ends with the report of referee.py, whose first
 line is val_bpb: validation bits per byte, lower is better.
 
 Sections, in the order they are used: constants, model, optimizer, schedules, training.
@@ -20,7 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import SCALE, Run, Tokenizer, make_dataloader
+from prepare import SCALE, Tokenizer, make_dataloader
+from referee import Run
 
 # === Constants, read by main() alone. Edit a line, commit, run ========================================================
 
@@ -461,7 +462,7 @@ def main():
             loss = train_step(loss_fn, model, optimizers, batches, forwards)
             run.step(loss, forwards * micro * T)
         run.score(model, tokenizer, micro)
-    return run.report
+    return run.record
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 import prepare
+import referee
 
 SCRIPT = Path(prepare.__file__)
 QUIET = tqdm(disable=True)
@@ -598,7 +599,7 @@ def expected(toy):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 16, 33, 64])
 def test_bits_per_byte_are_the_references_whatever_the_batch(toy, expected, batch_size):
-    value = prepare.evaluate_bpb(Causal(512), prepare.Tokenizer.from_directory(), batch_size)
+    value = referee.evaluate_bpb(Causal(512), prepare.Tokenizer.from_directory(), batch_size)
     assert value == pytest.approx(expected, abs=1e-6)
 
 
@@ -608,7 +609,7 @@ def test_uniform_logits_cost_log2_v_a_token(rows, batch_size):
     targets = [target for row in rows for target in row[1:] if target < 508]
     assert len(targets) < 256 * len(rows), "no special token among the targets: what is left out cannot show"
     size = sum(len(tokenizer.enc.decode_single_token_bytes(target)) for target in targets)
-    value = prepare.evaluate_bpb(Uniform(512), tokenizer, batch_size)
+    value = referee.evaluate_bpb(Uniform(512), tokenizer, batch_size)
     assert value == pytest.approx(math.log2(512) * len(targets) / size, abs=1e-6)
 
 
@@ -616,16 +617,16 @@ def test_uniform_logits_cost_log2_v_a_token(rows, batch_size):
 def test_evaluation_is_in_eval_mode_and_restores_training_mode(toy, training):
     model, modes = Causal(512).train(training), set()
     model.register_forward_pre_hook(lambda module, _: modes.add((module.training, torch.is_grad_enabled())))
-    prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 8)
+    referee.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 8)
     assert modes == {(False, False)} and model.training is training and torch.is_grad_enabled()
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing_else(toy, expected):
     model = Causal(512, memory=2)
-    value = prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 64)
+    value = referee.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 64)
     assert value == pytest.approx(expected, abs=1e-6) and max(model.batches) > 2
     with pytest.raises(torch.OutOfMemoryError):
-        prepare.evaluate_bpb(Causal(512, memory=0), prepare.Tokenizer.from_directory(), 64)
+        referee.evaluate_bpb(Causal(512, memory=0), prepare.Tokenizer.from_directory(), 64)
 
 
 # ======================================================================================================================

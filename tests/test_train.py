@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import prepare
+import referee
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -292,7 +293,12 @@ def small_main(toy, monkeypatch):
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
     for name, value in dict(DEPTH=2, N_EMBD=64, HEAD_DIM=32, TOTAL_BATCH=1024, COMPILE=False).items():
         monkeypatch.setattr(train, name, value)
-    return train.main
+
+    def main():
+        referee.evaluated.clear()  # as in a process of its own
+        return train.main()
+
+    return main
 
 
 def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, capsys):
