@@ -12,21 +12,24 @@ are read from its manifest. Six rooms, each using only those above it: grep -A3 
 import argparse
 import base64
 import bisect
+import contextlib
+import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
 import sys
 import sysconfig
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise, repeat
+from itertools import accumulate, count, islice, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
-import torch
+import tiktoken
+from tqdm import tqdm
 
 # === 1. Contract and paths ============================================================================================
 # reads: the environment, <root>/current, manifest.json
@@ -58,7 +61,7 @@ def cache_root():
 
 def write_text(path, text):
     """Write so that a kill at any moment leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
 
@@ -72,17 +75,40 @@ def install(folder):
         ready.rmdir()
 
 
-def read_manifest(folder=None):
-    """The manifest of a prepared folder, by default the current one, its files checked by size."""
+def hold(path):
+    """Lock the file `path` until the one returned is closed; BlockingIOError names the process that has it."""
+    file = open(path, "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(path.read_text().strip()) from None
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
+    return file
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def read_manifest(folder=None, thorough=False):
+    """The manifest of a prepared folder, by default the current one; its files by size or, thorough, by sha256."""
     folder = folder or current_folder()
     install(folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, not {FORMAT}")
-        for name, (size, _) in manifest["files"].items():
-            if (folder / name).stat().st_size != size:
-                raise ValueError(f"{name} does not have the {size:,} bytes prepared")
+        if manifest.pop("digest") != digest(manifest):
+            raise ValueError("its manifest was changed")
+        for name, (size, sha256) in manifest["files"].items():
+            if (folder / name).stat().st_size != size or (thorough and sha256_of(folder / name) != sha256):
+                raise ValueError(f"{name} is not the {size:,} bytes prepared")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py (--help: the corpora)") from None
     return manifest
@@ -96,44 +122,43 @@ def current_folder():
     return cache_root() / pointer.read_text().strip()
 
 
-def env_number(name, default, low):
-    """The number in environment variable `name`, or `default` where it is unset; a whole one if `default` is."""
-    text = os.environ.get(name) or str(default)
-    try:
-        value = type(default)(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value < math.inf:
-        raise PrepareError(f"{name}={text!r} is not a number of at least {low}; set one or unset it")
-    return value
-
-
 def __getattr__(name):
     """What the manifest or the environment decides is read when it is asked for: importing needs no data."""
     if name == "MAX_SEQ_LEN":  # tokens
         return read_manifest()["seq_len"]
-    if name == "TIME_BUDGET":  # seconds
-        return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1)
     if name == "SCALE":  # "full" or "small"; full where nothing is prepared, so that train.py can be imported
         return read_manifest()["scale"] if (cache_root() / "current").exists() else "full"
-    if name == "evaluate_bpb":  # for a train.py that has no Run
+    if name in ("TIME_BUDGET", "evaluate_bpb"):  # for a train.py that has no Run
         import referee
 
-        return referee.evaluate_bpb
+        return referee.time_budget() if name == "TIME_BUDGET" else referee.evaluate_bpb
     raise AttributeError(f"module 'prepare' has no attribute {name!r}")
 
 
 def default_device():
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+@contextlib.contextmanager
 def progress_bar(what, total=None):
-    """A bar of bytes with rate and time left on a terminal, nothing in a file."""
-    from tqdm import tqdm
+    """A bar of bytes with rate and time left on a terminal, and a line when they are done."""
+    begun = time.monotonic()
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        yield bar
+    seconds, size = time.monotonic() - begun, (bar.total or 0) / 1e6
+    print(f"{what + ':':<10} {size:,.1f} MB in {seconds:.1f} s, {size / seconds:.1f} MB/s", flush=True)
 
-    return tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False)
+
+def check_space(folder, size):
+    """Refuse to begin what needs `size` bytes in `folder` where they are not free."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room, or set "
+                           "AUTORESEARCH_CACHE to a folder on another disk")
 
 
 def in_order(function, items, workers):
@@ -158,7 +183,12 @@ def in_order(function, items, workers):
 
 LAST_SHARD = 6542  # of ClimbMix, pinned for validation
 STORIES = 300_000  # of tinystories, counted as a shard: about the 250 MB of text in one of ClimbMix
-ATTEMPTS = 6  # at one download, each going on where the last one broke off
+SHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+)
+ATTEMPTS = 3  # in a row that bring nothing; each goes on where the last one broke off
+TIMEOUT = (10, 30)  # seconds without a connection, without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters: text files are cut into documents the size of a web page
 GROUP = 1_024  # documents of a list
@@ -170,59 +200,53 @@ def hub_url(repo, name):
     return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
 
 
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def fetch(session, url, part, bar, expect):
+    """Continue the file `part` by one GET, after expect(size); returns (size, sha256) if told, 0 or "" if not.
 
-
-def fetch(session, url, part, bar):
-    """Continue the file `part` by one GET; returns (size, sha256) as the host tells them, '' what it does not.
-
-    The hub tells both on its redirect, as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub's own host alone:
+    The hub tells them on its redirect, as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub's own host alone:
     requests drops it at a redirect to another.
     """
     have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN", "").strip()
     headers = {"Range": f"bytes={have}-"} if have else {}
     if token and "/datasets/" in url:
         headers["Authorization"] = f"Bearer {token}"
-    with session.get(url, headers=headers, stream=True, timeout=(10, 30)) as response:
-        if response.status_code not in (200, 206, 416):  # 416: nothing is left to send
-            raise PrepareError(f"{url} answered {response.status_code}; check HF_ENDPOINT and HF_TOKEN")
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        page = "text/html" in response.headers.get("Content-Type", "")  # of a network that wants a log-in, say
+        if response.status_code not in (200, 206, 416) or page:  # 416: nothing is left to send
+            raise PrepareError(f"{url} answered {response.status_code}{' with a web page' * page}; check the network, "
+                               "HF_ENDPOINT and HF_TOKEN")
         told = {k.lower(): v for hop in [response, *response.history] for k, v in hop.headers.items()}
         length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
+        size = int(told.get("x-linked-size") or told.get("content-range", "").rpartition("/")[2] or length or 0)
+        expect(size)
         if response.status_code != 416:
             with open(part, "ab" if response.status_code == 206 else "wb") as f:
                 for block in response.iter_content(1 << 16):
                     f.write(block)
                     bar.update(len(block))
-    size = told.get("x-linked-size") or told.get("content-range", "").rpartition("/")[2] or length
     return size, told.get("x-linked-etag", "").strip('W/"')
 
 
-def download(session, url, path, sha256, bar):
+def download(session, url, path, sha256, bar, expect):
     """Fetch `url` into `path`: resumed by range, checked by size and sha256, renamed when whole."""
     import requests
 
-    part, problem = path.with_name(path.name + ".part"), ""
+    part, problem, attempts = path.with_name(path.name + ".part"), "", 0
     if path.exists():  # asked for although it is there: not verified, so treat it like a part
         os.replace(path, part)
-    for _ in range(ATTEMPTS):
+    while attempts < ATTEMPTS:
         had = part.stat().st_size if part.exists() else 0
         try:
-            size, digest = fetch(session, url, part, bar)
+            size, told = fetch(session, url, part, bar, expect)
+            got, wanted = part.stat().st_size, sha256 or (told if len(told) == 64 else "")
+            if got == (size or got) and (not wanted or sha256_of(part) == wanted):
+                return os.replace(part, path)
+            problem = f"{got:,} bytes came of the {size:,} of sha256 {wanted[:16]}"
+            if got >= size:
+                part.unlink()
         except requests.exceptions.RequestException as error:  # after urllib3's own retries
             problem = f"{type(error).__name__}: {error}"
-            if not part.exists() or part.stat().st_size <= had:
-                break
-            continue
-        got, wanted = part.stat().st_size, sha256 or (digest if len(digest) == 64 else "")
-        if size and got < int(size):
-            problem = f"{got:,} of {size} bytes came"
-        elif (size and got > int(size)) or (wanted and sha256_of(part) != wanted):
-            problem = f"{got:,} bytes came that are not the {size} bytes of sha256 {wanted[:16]}"
-            part.unlink()
-        else:
-            return os.replace(part, path)
+        attempts = 0 if part.exists() and part.stat().st_size > had else attempts + 1
     raise PrepareError(f"cannot download {url} ({problem}); check the network and run the same command again: it goes "
                        "on from here. Without a network: uv run prepare.py --data python")
 
@@ -233,22 +257,33 @@ def download_all(files, folder, workers):
     from urllib3.util import Retry
 
     busy = (408, 429, 500, 502, 503, 504)
-    retry = Retry(total=5, connect=3, backoff_factor=0.5, status_forcelist=busy, raise_on_status=False)
+    retry = Retry(total=5, connect=1, backoff_factor=0.5, status_forcelist=busy, raise_on_status=False)
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"
     for scheme in ("http://", "https://"):
         session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
 
     def stamp(name):
-        path = folder / name
-        return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None
+        return (folder / name).exists() and (folder / name).stat().st_mtime_ns
 
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "verified.json"
-    verified = json.loads(record.read_text()) if record.exists() else {}
-    missing = [name for name in files if stamp(name) is None or verified.get(name) != stamp(name)]
+    verified, sizes = {}, []
+    with contextlib.suppress(OSError, ValueError):
+        verified = dict(json.loads(record.read_text()))
+    missing = [name for name in files if not stamp(name) or verified.get(name) != stamp(name)]
+    print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
+    if not missing:
+        return
+
+    def expect(size):
+        sizes.append(size)
+        bar.total = sum(sizes) * len(missing) // len(sizes)  # as if the others were like those told of
+        if len(sizes) == 1:
+            check_space(folder, bar.total)
+
     with progress_bar("download") as bar:
-        jobs = ((session, files[name][0], folder / name, files[name][1], bar) for name in missing)
+        jobs = ((session, files[name][0], folder / name, files[name][1], bar, expect) for name in missing)
         for name, _ in zip(missing, in_order(lambda job: download(*job), jobs, workers), strict=True):
             verified[name] = stamp(name)
             write_text(record, json.dumps(verified))
@@ -314,14 +349,10 @@ def text_groups(files, held_out, limit=None):
     def chosen(data):
         return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64) == held_out
 
-    def documents():
-        for path in sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest()):
-            if len(files) < 50:
-                yield from (text for text in records(path) if text and chosen(text.encode()))
-            elif chosen(path.read_bytes()):
-                yield from filter(None, records(path))
-
-    found = islice(documents(), limit)
+    whole, scrambled = len(files) >= 50, sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
+    found = (text for path in scrambled if not whole or chosen(path.read_bytes())
+             for text in records(path) if text and (whole or chosen(text.encode())))
+    found = islice(found, limit)
     while group := list(islice(found, GROUP)):
         yield group
 
@@ -333,8 +364,6 @@ def find_files(data):
         nested = {"site-packages", "dist-packages"}  # below the standard library: another environment's
         return [p for f in folders for p in f.rglob("*.py") if not nested.intersection(p.relative_to(f).parts)]
     path = Path(data).expanduser().absolute()
-    if not data or not path.exists():
-        raise PrepareError(f"--data {data} is no corpus ({', '.join(CORPORA)}), file or folder; check the name")
     found = [p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in ENDINGS and p.is_file()]
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text to one")
@@ -349,33 +378,23 @@ def text_size(path):
     return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
 
 
-def sources(data, num_shards):
-    """The files to download for a corpus: {name: (url, sha256 or None)}, the last of ClimbMix for validation."""
-    if data == "climbmix":
-        numbers = [*range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD]
-        names = [f"shard_{i:05d}.parquet" for i in numbers]
-        return {name: (hub_url("karpathy/climbmix-400b-shuffle", name), None) for name in names}
-    if data == "tinystories":
-        name = "tinystories_gpt4_clean.parquet"
-        return {name: (hub_url("karpathy/tinystories-gpt4-clean", name), None)}
-    if data == "shakespeare":
-        url = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-        return {"input.txt": (url, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")}
-    return {}
-
-
 def gather(data, shards, num_shards, workers):
-    """The corpus `data`, downloaded to the folder `shards` if it has to be.
-
-    Returns (train, val, files): functions that start anew over lists of documents, and where these come from.
-    """
-    wanted = sources(data, num_shards)
+    """Download or find `data`: (train, val, files), functions that give lists of documents, and the files behind."""
+    wanted, limit = {}, None  # {name: (url, sha256 or None)}
+    if data == "climbmix":
+        for i in [*range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD]:
+            name = f"shard_{i:05d}.parquet"
+            wanted[name] = hub_url("karpathy/climbmix-400b-shuffle", name), None
+    elif data == "tinystories":
+        name, limit = "tinystories_gpt4_clean.parquet", num_shards * STORIES if num_shards > 0 else None
+        wanted[name] = hub_url("karpathy/tinystories-gpt4-clean", name), None
+    elif data == "shakespeare":
+        wanted["input.txt"] = SHAKESPEARE
     if wanted:
         download_all(wanted, shards, workers)
     files = [shards / name for name in wanted] or find_files(data)
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:]), files
-    limit = num_shards * STORIES if data == "tinystories" and num_shards > 0 else None
     return lambda: text_groups(files, False, limit), lambda: text_groups(files, True), files
 
 
@@ -396,13 +415,9 @@ class Tokenizer:
     """
 
     def __init__(self, ranks):
-        import tiktoken
-
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.enc = tiktoken.Encoding(
-            "autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials
-        )
-        self.ranks = ranks
+        self.ranks, name = ranks, "autoresearch"
+        self.enc = tiktoken.Encoding(name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
 
     @classmethod
     def train(cls, groups, vocab_size, bar):
@@ -445,12 +460,6 @@ class Tokenizer:
     def get_bos_token_id(self):
         return self.enc.encode_single_token(SPECIAL_TOKENS[0])
 
-    def get_token_bytes(self):
-        """The number of bytes each token stands for, 0 for specials: int64 [vocab_size]."""
-        lengths = torch.zeros(self.enc.n_vocab, dtype=torch.int64)
-        lengths[list(self.ranks.values())] = torch.tensor([len(token) for token in self.ranks])
-        return lengths
-
     def encode(self, text, prepend=None, num_threads=8):
         """Ids of a str, or of each of a list of str; `prepend` is an id or the name of a special token."""
         if isinstance(prepend, str):
@@ -471,33 +480,32 @@ class Tokenizer:
 # writes: <split>.bin, <split>.idx
 # used by: the loader, main
 
-CHUNK_DOCS = 64  # encoded by a thread at a time; tiktoken releases the GIL
+LONG_RUN = re.compile(r"[^\W\d_]{20000}|\s{20000}")  # takes tiktoken a time that grows with the square of its length
 
 
 def write_store(tokenizer, groups, stem, workers, bar):
     """Tokenize lists of documents into stem.bin, uint16 [tokens], and stem.idx; returns (documents, tokens).
 
     stem.idx is int64: the number of documents n, where each document starts in stem.bin and the last one ends [n + 1],
-    the number of the first document of each group. A few chunks are in memory at a time.
+    the number of the first document of each group. A few groups are in memory at a time.
     """
     bos, starts, group_starts = np.array([tokenizer.get_bos_token_id()], dtype=np.uint32), [0], [0]
 
-    def chunks():
-        for texts in groups:
-            bar.update(sum(map(len, texts)))
-            for i in range(0, len(texts), CHUNK_DOCS):
-                yield texts[i : i + CHUNK_DOCS]
-            group_starts.append(group_starts[-1] + len(texts))
+    def ids_of(text):
+        cuts = 20_000 if len(text) > 20_000 and LONG_RUN.search(text) else max(1, len(text))
+        pieces = [text[i : i + cuts] for i in range(0, len(text), cuts)]
+        return np.concatenate([bos, *(tokenizer.enc.encode_to_numpy(piece, disallowed_special=()) for piece in pieces)])
 
     def encode(texts):
-        encoded = [tokenizer.enc.encode_to_numpy(text, disallowed_special=()) for text in texts]
-        return np.concatenate([part for ids in encoded for part in (bos, ids)]).astype(np.uint16), encoded
+        encoded = [ids_of(text) for text in texts]
+        return np.concatenate([bos[:0], *encoded]).astype(np.uint16), [*map(len, encoded)], sum(map(len, texts))
 
     with open(stem.with_suffix(".bin"), "wb") as f:
-        for tokens, encoded in in_order(encode, chunks(), workers):
+        for tokens, lengths, characters in in_order(encode, groups, workers):
             tokens.tofile(f)
-            for ids in encoded:
-                starts.append(starts[-1] + 1 + len(ids))
+            starts.extend(accumulate(lengths, initial=starts.pop()))
+            group_starts.append(len(starts) - 1)
+            bar.update(characters)
     np.array([len(starts) - 1, *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
     return len(starts) - 1, starts[-1]
 
@@ -539,22 +547,19 @@ def pack_rows(batches, capacity):
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
     [[(0, 4), (4, 5)]]
     """
-    waiting, starts, arrived, batches = [], {}, 0, iter(batches)  # waiting: sorted length << 40 | number of arrival
+    waiting, arrival, batches = [], count(), iter(batches)  # waiting: sorted (length, arrival, start)
     while True:
         row, gap = [], capacity
         while gap:
             while len(waiting) < BUFFER_DOCS and (batch := next(batches, None)):
-                for start, stop in zip(*batch, strict=True):
-                    waiting.append((stop - start) << 40 | arrived)
-                    starts[arrived] = start
-                    arrived += 1
+                waiting += [(stop - start, next(arrival), start) for start, stop in zip(*batch, strict=True)]
                 waiting.sort()
             if not waiting:
                 return
-            at = bisect.bisect_left(waiting, (gap + 1) << 40) - 1
-            at = bisect.bisect_left(waiting, waiting[at] >> 40 << 40) if at >= 0 else 0
-            key = waiting.pop(at)
-            length, start = min(key >> 40, gap), starts.pop(key & (1 << 40) - 1)
+            at = bisect.bisect_left(waiting, (gap + 1,)) - 1
+            at = bisect.bisect_left(waiting, (waiting[at][0],)) if at >= 0 else 0
+            length, _, start = waiting.pop(at)
+            length = min(length, gap)
             row.append((start, start + length))
             gap -= length
         yield row
@@ -568,6 +573,8 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     """
     if split not in ("train", "val") or min(B, T) < 1:
         raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
+    import torch
+
     device = torch.device(device or default_device())
     store, epoch = TokenStore(current_folder() / split), 0
 
@@ -605,26 +612,27 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
         path = Path(data).expanduser().absolute()
         name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     folder = cache_root() / f"{name}-{scale}"
-    train, val, files = gather(data, folder / "shards", num_shards, workers)
-    stamp = []  # of python nothing: a package installed later must not change its validation rows
-    if data != "python":
-        stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
-    if data == "tinystories":
-        stamp.append(num_shards)
-    spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], vocab_size=max(260, vocab_size),
-                text=hashlib.sha256(json.dumps(stamp).encode()).hexdigest())
-    size = sum(map(text_size, files))
-    print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
-    try:
-        manifest = read_manifest(folder)
-    except PrepareError:
-        manifest = {}
-    if not spec.items() <= manifest.items():
-        manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
-    write_text(cache_root() / "current", folder.name + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    with hold(folder / "lock"):
+        train, val, files = gather(data, folder / "shards", num_shards, workers)
+        stamp = num_shards  # python alone: a package installed later must not change its validation rows
+        if data not in CORPORA:
+            stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
+        spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"],
+                    vocab_size=max(260, vocab_size), text=digest(stamp))
+        size = sum(map(text_size, files))
+        print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
+        try:
+            manifest = read_manifest(folder, thorough=True)
+        except PrepareError:
+            manifest = {}
+        if not spec.items() <= manifest.items():
+            manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
+        write_text(cache_root() / "current", folder.name + "\n")
+    on_disk = sum(bytes for bytes, _ in manifest["files"].values())
     print(f"tokens:    {manifest['train_tokens']:,} in {manifest['train_docs']:,} documents to train on, "
           f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, vocabulary {manifest['vocab_size']:,}")
-    print(f"ready:     {folder}\nnext:      uv run train.py")
+    print(f"ready:     {folder} ({on_disk / 1e6:,.0f} MB)\nnext:      uv run train.py")
 
 
 def build(folder, spec, vocab_size, val_rows, train, val, size):
@@ -632,7 +640,8 @@ def build(folder, spec, vocab_size, val_rows, train, val, size):
     building = folder / "building"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    with progress_bar("train the tokenizer", min(size, TRAIN_CHARS)) as bar:
+    check_space(folder, size * 2 // (1 if vocab_size == 256 else 2))  # of two bytes a token, so many bytes of text
+    with progress_bar("learn", min(size, TRAIN_CHARS)) as bar:
         tokenizer = Tokenizer.train(train(), vocab_size, bar)
     tokenizer.save(building)
     with progress_bar("tokenize", size) as bar:
@@ -646,7 +655,8 @@ def build(folder, spec, vocab_size, val_rows, train, val, size):
     store.rows(rows, capacity).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
-    write_text(building / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    text = json.dumps(manifest | dict(digest=digest(manifest)), indent=1)
+    write_text(building / "manifest.json", text + "\n")
     os.replace(building, folder / "ready")
     install(folder)
     return manifest
@@ -662,7 +672,9 @@ def main():
            help="of climbmix and tinystories, about 250 MB of text each; -1 for all (default: 10, at small scale 1)")
     option("--vocab-size", type=int, metavar="N",
            help="with the 4 special tokens; 256 for the bytes beside them (default: 8192, at small scale 2048)")
-    option("--scale", choices=SCALES, default="full" if torch.cuda.is_available() else "small",
+    driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
+    cuda = driver and default_device().type == "cuda"  # torch, seconds to import, is asked only where a driver is
+    option("--scale", choices=SCALES, default="full" if cuda else "small",
            help="full: rows of 2048 for a GPU; small: rows of 256 for a CPU (default: full where there is CUDA)")
     option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
@@ -671,13 +683,12 @@ def main():
         value = getattr(args, name)
         if value is not None and value != other and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not from {low} to {high}, nor {other}")
-    if args.data not in CORPORA:
-        try:
-            find_files(args.data)
-        except PrepareError as error:
-            sys.exit(parser.error(str(error).removeprefix("error: ")))
+    if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
+        parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder; check the name")
     try:
         prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
+    except BlockingIOError as holder:
+        sys.exit(f"error: process {holder} prepares the same in {cache_root()}; wait for it, or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:

@@ -7,7 +7,6 @@ Three rooms, each using only those above it and prepare.py: grep -A3 '^# ===' re
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -28,7 +27,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import prepare
-from prepare import Tokenizer, cache_root, current_folder, default_device, env_number, read_manifest, sha256_of
+from prepare import PrepareError, Tokenizer, cache_root, current_folder, default_device, read_manifest, sha256_of
 
 # === 1. Evaluation ====================================================================================================
 # reads: val_rows.bin
@@ -75,6 +74,13 @@ def probe(cost, inputs, others, nats=None):
     return nats, change.gather(1, kept - 1)
 
 
+def bytes_of_tokens(tokenizer):
+    """The number of bytes each token stands for, 0 for specials: int64 [vocab_size]."""
+    lengths = torch.zeros(tokenizer.get_vocab_size(), dtype=torch.int64)
+    lengths[list(tokenizer.ranks.values())] = torch.tensor([len(token) for token in tokenizer.ranks])
+    return lengths
+
+
 def prepared_rows():
     """The validation rows, int64 [rows, T + 1], if they are those of the manifest."""
     path, manifest = current_folder() / "val_rows.bin", read_manifest()
@@ -95,7 +101,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
     evaluated.append(type(model))
     rows, rng = prepared_rows(), random.SystemRandom()
     device = next((p.device for p in model.parameters()), default_device())
-    token_bytes, batch = Tokenizer.from_directory().get_token_bytes(), max(1, min(int(batch_size), EVAL_ROWS))
+    token_bytes, batch = bytes_of_tokens(Tokenizer.from_directory()), max(1, min(int(batch_size), EVAL_ROWS))
     tensors = lambda: [*model.parameters(), *model.buffers()]  # noqa: E731
     was_training, state = model.training, [tensor.detach().clone() for tensor in tensors()]
     model.eval()
@@ -215,6 +221,23 @@ KILLED = "killed from outside, or by the system when memory ran out"
 ENDINGS = ((Refused, "refused"), (FloatingPointError, "nan"), ((torch.OutOfMemoryError, MemoryError), "oom"))
 
 
+def env_number(name, default, low):
+    """The number in environment variable `name`, or `default` where it is unset; a whole one if `default` is."""
+    text = os.environ.get(name) or str(default)
+    try:
+        value = type(default)(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value < math.inf:
+        raise PrepareError(f"{name}={text!r} is not a number of at least {low}; set one or unset it")
+    return value
+
+
+def time_budget():
+    """Seconds of training."""
+    return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1)
+
+
 def fingerprint():
     """What a player could replace at run time: constants by value, functions and methods by their code."""
     things = vars(prepare) | globals()
@@ -231,8 +254,8 @@ class Run:
     """
 
     def __init__(self, constants=None, grace=GRACE):
-        self.seed, self.budget, self.grace = env_number("AUTORESEARCH_SEED", 42, 0), prepare.TIME_BUDGET, grace
-        self.data, self.started, self.witness = read_manifest(), None, None
+        self.seed, self.budget, self.grace = env_number("AUTORESEARCH_SEED", 42, 0), time_budget(), grace
+        self.data, self.started, self.witness = read_manifest(thorough=True), None, None
         self.losses, self.late_loss, self.lines, self.lock_file = deque(maxlen=20), None, 0, None
         dirty = "+" if git("status", "--porcelain", "--", "train.py", "prepare.py", "referee.py") else ""
         files = {name: sha256[:16] for name, (_, sha256) in self.data["files"].items()}
@@ -274,17 +297,11 @@ class Run:
         unit, name = "cpu", f"cpu ({torch.get_num_threads()} threads)"
         if self.device.type == "cuda":
             name, unit = torch.cuda.get_device_name(), f"cuda-{torch.cuda.get_device_properties(0).uuid}"
-        path = cache_root() / f"{unit}.lock"
-        self.lock_file = open(path, "a+")
         try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = path.read_text().strip()
+            self.lock_file = prepare.hold(cache_root() / f"{unit}.lock")
+        except BlockingIOError as holder:
             raise Refused(f"{name} is taken: process {holder} trains on it, and both timings would be wrong; wait for "
                           "it, stop it, or choose another GPU with CUDA_VISIBLE_DEVICES") from None
-        self.lock_file.truncate(0)
-        self.lock_file.write(f"{os.getpid()}\n")
-        self.lock_file.flush()
         self.note(device=name)
 
     def note(self, **facts):

@@ -1,5 +1,6 @@
 """The Hugging Face hub in small: a host that redirects to a second one, which serves ranges and has its bad days."""
 
+import contextlib
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,9 +21,10 @@ class Hub:
     """`with Hub(folder) as hub:` serves the files of `folder` as those of any dataset at hub.endpoint.
 
     hub.log holds (host, path, headers) of every request, host being 'hub' or 'cdn'. hub.faults is a queue, one for each
-    answer of the CDN to come: 'busy' (503), 'cut' (half the body, then the line breaks), 'unsized' (so, and its length
-    was not told), 'whole' (deaf to ranges), 'wrong' (other bytes, as many) or None. The two hosts differ in name, as
-    they must for requests to drop a token.
+    answer of the CDN to come: 'busy' (503), 'broken' (500), 'limited' (429, to come back after a second), 'cut' (half
+    the body, then the line breaks), 'unsized' (so, and its length was not told), 'stalled' (so, and the line stays
+    open), 'whole' (deaf to ranges), 'wrong' (other bytes, as many), 'page' (HTML) or None. The two hosts differ in
+    name, as they must for requests to drop a token.
     """
 
     def __init__(self, folder):
@@ -80,15 +82,23 @@ def serve(hub, request):
     fault = hub.faults.pop(0) if hub.faults else None
     data = (hub.folder / request.path.strip("/").removesuffix("?signed")).read_bytes()
     begin = int(request.headers.get("Range", "bytes=0-")[len("bytes="):].partition("-")[0])
-    if fault == "busy":
-        reply(request, 503, b"busy")
-    elif fault in ("cut", "unsized"):
+    if fault in ("busy", "broken"):
+        reply(request, dict(busy=503, broken=500)[fault], b"a bad day")
+    elif fault == "limited":
+        reply(request, 429, b"slowly", Retry_After=1)
+    elif fault == "page":
+        reply(request, 200, b"<html>log in first</html>", Content_Type="text/html; charset=utf-8")
+    elif fault in ("cut", "unsized", "stalled"):
         request.send_response(206 if begin else 200)
-        if fault == "cut":
+        if fault != "unsized":
             request.send_header("Content-Length", str(len(data) - begin))
         request.end_headers()
         request.wfile.write(data[begin : (begin + len(data)) // 2])
         request.close_connection = True
+        if fault == "stalled":
+            request.connection.settimeout(5)
+            with contextlib.suppress(OSError):
+                request.rfile.read(1)
     elif fault == "wrong":
         reply(request, 200, bytes(255 - byte for byte in data))
     elif fault == "whole" or not begin:

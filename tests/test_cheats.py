@@ -258,8 +258,8 @@ def test_targets_cannot_be_written(tokenizer):
 
 
 def test_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
-    value, sizes = referee.evaluate_bpb(Player(), tokenizer, 8), tokenizer.get_token_bytes()
-    tokenizer.get_token_bytes = lambda: 3 * sizes
+    value = referee.evaluate_bpb(Player(), tokenizer, 8)
+    tokenizer.ranks = {3 * token: rank for token, rank in tokenizer.ranks.items()}
     assert referee.evaluate_bpb(Player(), tokenizer, 8) == value
 
 
@@ -342,7 +342,7 @@ def prepare_changed(run, score):
         patch.setattr(referee, "evaluate_bpb", lambda *args: 0.5)
         patch.setattr(prepare, "pack_rows", iter)
         patch.setattr(referee.Run, "progress", lambda run: 1)
-        patch.setattr(prepare.Tokenizer, "get_token_bytes", lambda tokenizer: torch.full((V,), 9))
+        patch.setattr(prepare.Tokenizer, "get_vocab_size", lambda tokenizer: 9)
         to_the_end(score)
 
 
@@ -380,6 +380,7 @@ def other_rows(with_manifest):
             if with_manifest:
                 manifest = prepare.read_manifest()
                 manifest["files"][path.name][1] = prepare.sha256_of(path)
+                manifest["digest"] = prepare.digest(manifest)
                 prepare.write_text(path.with_name("manifest.json"), json.dumps(manifest))
             to_the_end(score)
 
@@ -397,7 +398,7 @@ RUNS = {
     "budget changed": (budget_changed, "clock was set"),
     "budget changed in the environment": (environment_changed, "clock was set"),
     "prepare changed": (prepare_changed, "changed at run time: __getattr__, pack_rows, .*EVAL_ROWS, "
-                        "evaluate_bpb, Run.progress, Tokenizer.get_token_bytes"),
+                        "evaluate_bpb, Run.progress, Tokenizer.get_vocab_size"),
     "prepare changed and put back": (prepare_changed_back, "changed at run time: probe"),
     "prepare changed by the model": (prepare_changed_by_the_model, "sees the future"),
     "other rows": (other_rows(False), "is not what was prepared"),

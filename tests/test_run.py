@@ -126,7 +126,7 @@ class Lab:
         (self.cache / "current").write_text(toy.name)
         for name in ("prepare.py", "referee.py", "results.tsv", ".gitignore"):
             shutil.copy(ROOT / name, self.repository)
-        edit(self.repository / "prepare.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
+        edit(self.repository / "referee.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
         (self.repository / "train.py").write_text(player)
         self.git("init", "-q", "-b", "main")
         self.git("add", ".")

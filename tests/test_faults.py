@@ -1,0 +1,260 @@
+"""What befalls prepare.py, as a process: the network, the disk, kills, damage. It says so, and the next run repairs."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import document
+from hub import Hub, write_shard
+
+import prepare
+
+SCRIPT = Path(prepare.__file__)
+ARGS = ["--num-shards", "2", "--scale", "small", "--vocab-size", "400", "--download-workers", "2"]
+
+
+def start(cache, *args, **options):
+    return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}, cwd=SCRIPT.parent, **options)
+
+
+def outcome(process):
+    """(exit code, stdout, stderr), the last of them a line at most."""
+    out, err = process.communicate(timeout=60)
+    assert err.count("\n") <= 1 and "Traceback" not in err, err
+    assert process.returncode == 0 or err.startswith(("error: ", "interrupted: ")), err
+    return process.returncode, out, err
+
+
+def run(cache, *args, **options):
+    return outcome(start(cache, *args, **options))
+
+
+def contents(cache):
+    """{name: bytes} of all that is prepared in `cache`."""
+    folder = cache / (cache / "current").read_text().strip()
+    names = [*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json"]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two training shards and the validation shard, 200 kB each."""
+    folder, rng = tmp_path_factory.mktemp("shards"), random.Random(4)
+    for index in (0, 1, 6542):
+        write_shard(folder / f"shard_{index:05d}.parquet", [[document(rng, 900) for _ in range(75)] for _ in range(3)])
+    return folder
+
+
+@pytest.fixture
+def served(hub, shards):
+    """The hub, with the shards."""
+    hub.folder = shards
+    return hub
+
+
+@pytest.fixture(scope="module")
+def sound(shards, tmp_path_factory):
+    """A cache in which the shards were prepared without a disturbance; its hub is gone."""
+    root = tmp_path_factory.mktemp("sound") / "cache"
+    with Hub(shards) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.endpoint)
+        code, out, _ = run(root, *ARGS)
+    assert code == 0 and out.splitlines()[-1].split() == ["next:", "uv", "run", "train.py"]
+    return root
+
+
+# The network
+
+HEALED = {
+    "503 twice": ["busy", "busy"], "500 twice": ["broken", "broken"], "429 with Retry-After": ["limited"],
+    "cut short": ["cut", "cut"], "cut short, length unknown": ["unsized"], "wrong bytes": ["wrong"],
+    "no ranges": ["cut", "whole"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HEALED)
+def test_a_bad_day_of_the_hub_changes_nothing(sound, served, tmp_path, name):
+    served.faults = list(HEALED[name])
+    assert run(tmp_path / "cache", *ARGS)[0] == 0
+    assert served.faults == [] and contents(tmp_path / "cache") == contents(sound)
+
+
+def test_a_stalled_line_is_given_up_and_the_download_goes_on(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "TIMEOUT", (1, 1))
+    served.faults = ["stalled"]
+    name = "shard_00000.parquet"
+    prepare.download_all({name: (prepare.hub_url("owner/data", name), None)}, tmp_path, 1)
+    assert (tmp_path / name).read_bytes() == (served.folder / name).read_bytes()
+    first, _ = (headers.get("Range") for host, _, headers in served.log if host == "cdn")
+    assert first is None and len(served.log) == 4
+
+
+def test_a_web_page_is_no_shard(served, tmp_path):
+    served.faults = ["page"] * 3
+    code, _, err = run(tmp_path / "cache", *ARGS)
+    assert code == 1 and "web page" in err and not list((tmp_path / "cache").rglob("*.parquet"))
+    served.faults.clear()
+    assert run(tmp_path / "cache", *ARGS)[0] == 0
+
+
+# Kills
+
+KILLS = 30
+
+
+def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
+    rng, cache, begun = random.Random(5), tmp_path / "cache", time.monotonic()
+    run(tmp_path / "timed", *ARGS)
+    whole, killed, done = time.monotonic() - begun, 0, 0
+    for number in range(KILLS):
+        if number % 10 == 9 or done:  # anew, or from what the last kill left
+            shutil.rmtree(cache, ignore_errors=True)
+        process = start(cache, *ARGS)
+        time.sleep(rng.uniform(0.2, 1.0) * whole)
+        process.kill()
+        process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        done = process.returncode == 0
+    assert killed >= KILLS / 2 and run(cache, *ARGS)[0] == 0
+    assert contents(cache) == contents(sound)
+    left = {path.name for path in (cache / "climbmix-small").iterdir()}
+    assert left == {*contents(sound), "shards", "lock"}
+
+
+def test_an_interrupt_is_one_line(served, tmp_path):
+    served.faults = ["stalled"] * 2
+    process = start(tmp_path, *ARGS)
+    process.stdout.readline()  # of the shards
+    process.send_signal(signal.SIGINT)
+    code, _, err = outcome(process)
+    assert code == 1 and "goes on from here" in err
+
+
+def test_two_at_once(sound, served, tmp_path):
+    served.faults = ["stalled"] * 2
+    first = start(tmp_path / "cache", *ARGS)
+    first.stdout.readline()
+    code, _, err = run(tmp_path / "cache", *ARGS)
+    assert code == 1 and f"process {first.pid} prepares" in err
+    assert outcome(first)[0] == 0 and contents(tmp_path / "cache") == contents(sound)
+
+
+# The disk
+
+
+def limited_to(size):
+    """A process in which no file can grow beyond `size` bytes."""
+    return dict(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+
+
+@pytest.mark.parametrize("size", [10, 20_000, 150_000])
+def test_a_full_disk_is_one_sentence(sound, served, tmp_path, size):
+    code, _, err = run(tmp_path / "cache", *ARGS, **limited_to(size))
+    assert code == 1 and "AUTORESEARCH_CACHE" in err
+    assert run(tmp_path / "cache", *ARGS)[0] == 0 and contents(tmp_path / "cache") == contents(sound)
+
+
+def test_the_space_needed_is_told_before(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(prepare.PrepareError, match=rf"needs {(free + 10**10) / 1e9:.2f} GB and has"):
+        prepare.check_space(tmp_path, free + 10**10)
+
+
+@pytest.mark.parametrize("call", ["download", "build"])
+def test_a_disk_too_small_is_told_before_it_is_filled(served, cache, monkeypatch, call):
+    if call == "build":
+        prepare.prepare("climbmix", "small", 2, 400, 2)
+        shutil.rmtree(cache / "climbmix-small", ignore_errors=True)
+    usage = shutil.disk_usage(cache.parent)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(prepare.PrepareError, match="GB free; make room"):
+        prepare.prepare("climbmix", "small", 2, 400, 2)
+    assert not list(cache.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_is_one_sentence(cache):
+    code, out, err = run(Path(cache), "--data", "python")
+    assert (code, out) == (1, "") and "AUTORESEARCH_CACHE" in err
+
+
+# Damage
+
+FILES = ["current", "manifest.json", "tokenizer.tiktoken", "train.bin", "train.idx", "val.bin", "val.idx",
+         "val_rows.bin", "shards/verified.json", "shards/shard_00000.parquet"]
+
+
+@pytest.mark.parametrize("how", ["a bit flipped", "cut short", "missing"])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_found_and_repaired(sound, served, tmp_path, monkeypatch, name, how):
+    cache = tmp_path / "cache"
+    shutil.copytree(sound, cache)
+    path = cache / name if name == "current" else cache / "climbmix-small" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "a bit flipped" else data[: len(data) // 2])
+    if how == "missing":
+        path.unlink()
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(cache))
+    if not name.startswith("shards"):
+        with pytest.raises(prepare.PrepareError, match=r"run: uv run prepare.py"):
+            prepare.read_manifest(thorough=True)
+    prepare.prepare("climbmix", "small", 2, 400, 2)
+    assert contents(cache) == contents(sound)
+
+
+def test_a_cache_of_another_version_is_made_anew(sound, served, tmp_path, monkeypatch):
+    shutil.copytree(sound, tmp_path / "cache")
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "cache/climbmix-small/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(format=0)))
+    with pytest.raises(prepare.PrepareError, match="it has format 0, not"):
+        prepare.read_manifest()
+    prepare.prepare("climbmix", "small", 2, 400, 2)
+    assert contents(tmp_path / "cache") == contents(sound) and served.log == []
+
+
+# Text
+
+
+def prepared(cache, text, *args):
+    code, out, err = run(cache, "--data", str(text), "--scale", "small", "--vocab-size", "300", *args)
+    return code, out + err
+
+
+def test_odd_text_is_prepared(tmp_path):
+    rng, folder = random.Random(6), tmp_path / "text"
+    folder.mkdir()
+    (folder / "enormous.txt").write_text("x" * 100_000)
+    (folder / "one word.jsonl").write_text(json.dumps(dict(text=" " * 300_000 + "y" * 300_000)) + "\n\n")
+    (folder / "one line.jsonl").write_text(json.dumps(dict(text=document(rng, 1_000_000).replace("\n", " "))) + "\n\n")
+    (folder / "no utf8.txt").write_bytes(random.Random(7).randbytes(100_000))
+    (folder / "empty.txt").touch()
+    write_shard(folder / "nulls.parquet", [[None, "", document(rng, 3_000), None], [None], []])
+    for i in range(20):
+        (folder / f"{i}.md").write_text(document(rng, 20_000))
+    code, said = prepared(tmp_path / "cache", folder)
+    assert code == 0 and "next:      uv run train.py" in said
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("a.txt", "", "too few|no 300 tokens"), ("a.txt", "too little text " * 9, "no 300 tokens"),
+    ("a.bin", "text", "holds no file that ends in .txt"),
+    ("a.jsonl", '{"text": "a"}\n{"texts": "b"}\n', "line 2 is no JSON object with a 'text' key"),
+])  # fmt: skip
+def test_text_that_will_not_do_is_one_sentence(tmp_path, name, text, said):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / name).write_text(text)
+    code, output = prepared(tmp_path / "cache", tmp_path / "text")
+    assert code == 1 and re.search(said, output)
+    assert not (tmp_path / "cache/current").exists()
