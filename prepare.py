@@ -641,7 +641,7 @@ def build(folder, spec, vocab_size, val_rows, train, val, size):
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     check_space(folder, size * 2 // (1 if vocab_size == 256 else 2))  # of two bytes a token, so many bytes of text
-    with progress_bar("learn", min(size, TRAIN_CHARS)) as bar:
+    with progress_bar("tokenizer", min(size, TRAIN_CHARS)) as bar:
         tokenizer = Tokenizer.train(train(), vocab_size, bar)
     tokenizer.save(building)
     with progress_bar("tokenize", size) as bar:

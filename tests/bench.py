@@ -1,14 +1,16 @@
 """
-How fast prepare.py is, beside the slow twin of reference.py: the same text, the same process, taking turns.
+How fast things are, on the Python source of this environment, in a cache that is thrown away.
 
-    uv run python tests/bench.py
+    uv run python tests/bench.py            all
+    uv run python tests/bench.py loader     batches of prepare.py beside the slow twin of reference.py, taking turns
+    uv run python tests/bench.py prepare    prepare.py as a process: seconds and peak memory by size of the text
 
-The text is real: 30 MB of the Python source in this environment, made into shards like ClimbMix's, served by the hub of
-the tests and prepared at full scale in a cache that is thrown away. Other jobs spoil the figures: see the load.
+Other jobs spoil the figures: see the load.
 """
 
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -80,12 +82,46 @@ def bench_loader(shards):
     ours.close()
 
 
+def prepared(root, *args):
+    """(seconds, peak MB, output) of `prepare.py args` as a process, in the cache `root`."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, prepare.__file__, *map(str, args)], stdout=subprocess.PIPE, text=True,
+                          env=os.environ | dict(AUTORESEARCH_CACHE=str(root))) as process:
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0, output
+    return time.perf_counter() - started, usage.ru_maxrss / 1e3, output
+
+
+def bench_prepare(root):
+    """The whole of prepare.py by size of the text, its second run, and what ten shards of 250 MB would take."""
+    files, sizes, seconds = sorted(prepare.find_files("python")), [], []
+    print(f"{'prepare.py':<12} {'MB':>6} {'first, s':>9} {'peak, MB':>9} {'second, s':>10}  by part")
+    for every in (4, 2, 1):
+        folder = root / f"text-{every}"
+        folder.mkdir()
+        for number, path in enumerate(files[::every]):
+            (folder / f"{number}.py").symlink_to(path)
+        first, peak, output = prepared(root, "--data", folder, "--scale", "small")
+        second, _, _ = prepared(root, "--data", folder, "--scale", "small")
+        sizes.append(sum(path.stat().st_size for path in files[::every]) / 1e6)
+        seconds.append(first)
+        parts = "; ".join(" ".join(line.split()) for line in output.splitlines() if "MB/s" in line)
+        print(f"{'':<12} {sizes[-1]:>6.0f} {first:>9.1f} {peak:>9.0f} {second:>10.1f}  {parts}", flush=True)
+    slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
+    print(f"{'':<12} {slope:.3f} s a MB more: 2,500 MB in {seconds[-1] + slope * (2_500 - sizes[-1]):.0f} s")
+
+
 def main():
+    wanted = sys.argv[1:] or ["loader", "prepare"]
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory(prefix="autoresearch-bench-") as root:
-        shards = prepare_corpus(Path(root))
-        print(f"\n{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; B {B}, T {T}, n = {REPETITIONS}")
-        print(f"{'':<22} {'':<13} {'median':>14} {'min':>14} {'max':>14}")
-        bench_loader(shards)
+        if "loader" in wanted:
+            shards = prepare_corpus(Path(root))
+            print(f"\nB {B}, T {T}, n = {REPETITIONS}\n{'':<22} {'':<13} {'median':>14} {'min':>14} {'max':>14}")
+            bench_loader(shards)
+        if "prepare" in wanted:
+            bench_prepare(Path(root))
 
 
 if __name__ == "__main__":
