@@ -39,7 +39,7 @@ from tqdm import tqdm
 FORMAT = 1  # of the cache; another number means: prepare again
 SCALES = {  # full wants a GPU, small is for a CPU; train.py has a group of constants for each
     "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
-    "small": dict(seq_len=256, vocab_size=2048, val_rows=2_048, num_shards=1),
+    "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids of the vocabulary; the first of them is BOS
@@ -675,7 +675,7 @@ def main():
     driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
     cuda = driver and default_device().type == "cuda"  # torch, seconds to import, is asked only where a driver is
     option("--scale", choices=SCALES, default="full" if cuda else "small",
-           help="full: rows of 2048 for a GPU; small: rows of 256 for a CPU (default: full where there is CUDA)")
+           help="full: rows of 2048 for a GPU; small: rows of 512 for a CPU (default: full where there is CUDA)")
     option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
     for name, low, high, other in (("num_shards", 1, LAST_SHARD, -1), ("vocab_size", 260, 2**16, 256),

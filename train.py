@@ -9,8 +9,10 @@ line is val_bpb: validation bits per byte, lower is better.
 Sections, in the order they are used: constants, model, optimizer, schedules, training.
 """
 
+import ctypes
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 
@@ -33,6 +35,7 @@ MLP_RATIO = 4  # hidden width of the MLP / N_EMBD
 WINDOW_PATTERN = "SSSL"  # attention of the layers in turn, S short, L all of the past; the last layer is always L
 SHORT_WINDOW = 256  # tokens before itself that a token of an S layer sees
 VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 0: none
+RECALL = ()  # (1, 2, 3): look up what followed the last earlier occurrence of the last 1, 2, 3 tokens; (): nothing
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at all
@@ -60,8 +63,11 @@ COMPILE = True  # torch.compile for the training step
 
 if SCALE == "small":  # what differs on a CPU, where a step is small and compiling takes a fifth of the time
     DEPTH = 3
-    N_EMBD = 192
+    N_EMBD = 128  # 192 costs 1.6 times as much a step
     HEAD_DIM = 64
+    RECALL = (1, 2, 3)
+    EMBED_LR = 0.2
+    ADAM_BETAS = (0.8, 0.99)
     WINDOW_PATTERN = "L"
     TOTAL_BATCH = 2**11
     DEVICE_BATCH = 64
@@ -87,7 +93,8 @@ class GPTConfig:
     qk_gain: float
     softcap: float
     dtype: torch.dtype  # of activations; weights are kept in fp32
-    attention: str  # "varlen" or "sdpa", see attend()
+    attention: str  # "varlen", "sdpa" or "dense", see attend()
+    recall: tuple = ()
 
     @property
     def n_head(self):
@@ -115,7 +122,8 @@ def attend(q, k, v, window, kernel):
     """Causal attention in which a token sees itself and `window` tokens before it: (B, T, H, D) -> (B, T, H, D).
 
     "varlen" is torch's flash kernel, windowed: bf16 on CUDA from sm_80 on. "sdpa" runs anywhere: with a window it goes
-    by blocks of queries, each against the keys that it can see.
+    by blocks of queries, each against the keys that it can see. "dense" writes the scores down, (B, H, T, T): on a CPU
+    twice as fast for rows of 256 tokens.
     """
     B, T, H, D = q.shape
     full = window >= T - 1
@@ -126,6 +134,10 @@ def attend(q, k, v, window, kernel):
         q, k, v = (x.reshape(B * T, H, D) for x in (q, k, v))
         return varlen_attn(q, k, v, edges, edges, T, T, window_size=(-1 if full else window, 0)).view(B, T, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if kernel == "dense":
+        hidden = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device)
+        hidden = hidden.triu(1) if full else hidden.triu(1) + hidden.tril(-window - 1)
+        return ((q * D**-0.5 @ k.mT + hidden).softmax(-1) @ v).transpose(1, 2)
     if full:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     blocks, size = [], max(window, 64)
@@ -149,6 +161,21 @@ def rotate(x, cos, sin):
     """Rotary position embedding (RoFormer), the two halves of a head being the pairs: x (B, T, H, D)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def recall(idx, n, vocab_size):
+    """The token that followed the last earlier occurrence of the last n tokens, vocab_size if there is none: (B, T).
+
+    What an induction head (arXiv 2209.11895) has to learn, looked up: a stable sort by n-gram puts that occurrence
+    just before the present one. What followed it is the present token at the latest, so nothing is seen of the future.
+    """
+    key = idx  # a number for each n-gram, exact while (vocab_size + 1)^n < 2^63
+    for i in range(1, n):
+        key = key * (vocab_size + 1) + F.pad(idx, (i, 0), value=vocab_size)[:, : idx.size(1)]
+    key, order = key.sort(dim=1, stable=True)
+    found = F.pad(key[:, 1:] == key[:, :-1], (1, 0))
+    follower = idx.roll(-1, 1).gather(1, F.pad(order[:, :-1], (1, 0)))
+    return torch.empty_like(idx).scatter_(1, order, follower.where(found, vocab_size))
 
 
 class Linear(nn.Linear):
@@ -216,6 +243,8 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, config.n_embd)
                                            for i in range(config.n_layer) if config.has_value_embed(i)})
+        self.recall_embeds = nn.ModuleList(nn.Embedding(config.vocab_size + 1, config.n_embd) for _ in config.recall)
+        self.recall_gate = Linear(config.n_embd, len(config.recall)) if config.recall else None
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))  # x = resid * x + x0 * embedding, before a layer
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         cos, sin = rotary(config.sequence_len, config.head_dim, config.rope_base)
@@ -225,12 +254,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Embeddings of unit size, a head near zero, projections into the residual stream zero."""
+        """Token embeddings of unit size, a head near zero, projections into the residual stream and lookups zero."""
         bound = (3 / self.config.n_embd) ** 0.5
         self.wte.weight.normal_()
         self.lm_head.weight.normal_(std=0.001)
         for embed in self.value_embeds.values():
             embed.weight.uniform_(-bound, bound)
+        for lookup in (*self.recall_embeds, *([self.recall_gate] if self.config.recall else [])):
+            lookup.weight.zero_()
         for block in self.blocks:
             block.attn.c_qkv.uniform_(-bound, bound)
             block.mlp.c_fc.weight.uniform_(-bound, bound)
@@ -243,11 +274,20 @@ class GPT(nn.Module):
         if T > c.sequence_len:
             raise ValueError(f"a row of {T} tokens is longer than sequence_len {c.sequence_len}")
         cos, sin = self.cos[:T], self.sin[:T]
-        x = x0 = norm(self.wte(idx).to(c.dtype))
+        x = self.wte(idx)
+        recalled = [recall(idx, n, c.vocab_size) for n in c.recall]
+        for tokens, embed in zip(recalled, self.recall_embeds, strict=True):
+            x = x + embed(tokens)
+        x = x0 = norm(x.to(c.dtype))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(c.dtype) * x + self.x0_lambdas[i].to(c.dtype) * x0
             x = block(x, self.value_embeds[str(i)](idx).to(c.dtype) if c.has_value_embed(i) else None, cos, sin)
-        logits = self.lm_head(norm(x)).float()
+        x = norm(x)
+        logits = self.lm_head(x).float()
+        if recalled:  # each recalled token gets a bonus, as a pointer network's (arXiv 1609.07843), that x decides
+            tokens = torch.stack(recalled, dim=-1)
+            bonus = self.recall_gate(x).float() * (tokens < c.vocab_size)
+            logits = logits.scatter_add(-1, tokens % c.vocab_size, bonus)
         return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
     def flops_per_token(self):
@@ -321,13 +361,15 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     """
     size = (model.config.n_embd / 768) ** -0.5
     embed_decay, value_decay, head_decay, matrix_decay = decays
+    tables = [*model.value_embeds.parameters(), *model.recall_embeds.parameters()]
+    heads = [model.lm_head.weight] + ([model.recall_gate.weight] if model.config.recall else [])
     shapes = {}
     for p in model.blocks.parameters():
         shapes.setdefault(p.shape, []).append(p)
     adamw_groups = [
         dict(params=[model.wte.weight], lr=embed_lr * size, weight_decay=embed_decay),
-        dict(params=[*model.value_embeds.parameters()], lr=embed_lr * size, weight_decay=value_decay),
-        dict(params=[model.lm_head.weight], lr=head_lr * size, weight_decay=head_decay),
+        dict(params=tables, lr=embed_lr * size, weight_decay=value_decay),
+        dict(params=heads, lr=head_lr * size, weight_decay=head_decay),
         dict(params=[model.resid_lambdas], lr=resid_lr, weight_decay=0.0),
         dict(params=[model.x0_lambdas], lr=x0_lr, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
@@ -382,6 +424,13 @@ def fast_dtype(device):
     return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
 
 
+def keep_memory():
+    """Have the C library keep freed blocks of any size: on a CPU, fetching them anew took a quarter of a step."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, size)
+
+
 def split_batch(rows, at_most):
     """(rows of a forward, forwards of a step) that make `rows` or a few more with forwards of `at_most` rows."""
     forwards = math.ceil(rows / at_most)
@@ -429,6 +478,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
 
 def main():
     with Run(globals()) as run:
+        keep_memory()
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
         tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
@@ -437,7 +487,8 @@ def main():
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD, head_dim=HEAD_DIM,
             mlp_ratio=MLP_RATIO, windows=layer_windows(WINDOW_PATTERN, DEPTH, SHORT_WINDOW, T),
             value_embed_every=VALUE_EMBED_EVERY, rope_base=ROPE_BASE, qk_gain=QK_GAIN, softcap=SOFTCAP,
-            dtype=dtype, attention="varlen" if flash else "sdpa",
+            dtype=dtype, attention="varlen" if flash else "dense" if run.device.type == "cpu" and T <= 512 else "sdpa",
+            recall=RECALL,
         )
         model = GPT(config).to(run.device)
         decays = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)

@@ -18,6 +18,9 @@ os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost"
 
 import prepare  # noqa: E402
 
+SMALL = prepare.SCALES["small"]
+prepare.SCALES["small"] = SMALL | dict(seq_len=256)  # of what is prepared in this process: half the work for models
+
 
 def pytest_unconfigure():
     CACHE.cleanup()
@@ -83,7 +86,7 @@ def toy_text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy(toy_text):
-    """The folder of a small prepared corpus, current in the cache of this session: small scale, vocabulary 512."""
+    """The folder of a small prepared corpus, current in the cache of this session: rows of 256, vocabulary 512."""
     prepare.prepare(str(toy_text), "small", None, 512, 2)
     return prepare.current_folder()
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import document
+from conftest import SMALL, document
 from hub import Hub, write_shard
 
 import prepare
@@ -44,6 +44,12 @@ def contents(cache):
     folder = cache / (cache / "current").read_text().strip()
     names = [*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json"]
     return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(autouse=True)
+def same_rows(monkeypatch):
+    """What this process prepares is what the command does."""
+    monkeypatch.setitem(prepare.SCALES, "small", SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,37 @@ def test_no_logit_depends_on_a_later_token():
     assert not torch.allclose(before[:, 11:], after[:, 11:])
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_recall_finds_what_followed_the_last_occurrence(n):
+    ids = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(n))
+    for row, found in zip(ids.tolist(), train.recall(ids, n, 5).tolist(), strict=True):
+        for t in range(40):
+            now = row[t - n + 1 : t + 1] if t >= n - 1 else None
+            earlier = [row[s + 1] for s in range(n - 1, t) if row[s - n + 1 : s + 1] == now]
+            assert found[t] == (earlier or [5])[-1]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "dense"])
+def test_recall_sees_neither_the_future_nor_other_rows(attention):
+    model = wake(tiny_gpt(recall=(1, 2, 3), attention=attention))
+    ids = torch.randint(6, (1, 24))
+    before = model(ids)
+    for at in range(1, 24):
+        changed = ids.clone()
+        changed[0, at:] = (ids[0, at:] + torch.randint(1, 6, (24 - at,))) % 6
+        torch.testing.assert_close(before[:, :at], model(changed)[:, :at])
+    torch.testing.assert_close(before, model(torch.cat([ids, ids.roll(3, 1)]))[:1])
+
+
+def test_recall_is_learned():
+    model = tiny_gpt(recall=(1, 2))
+    optimizers = optimizers_of(model)
+    batches = iter(made_up_batches(model, 4, 3))
+    for _ in range(3):
+        train.train_step(train.loss_of, model, optimizers, batches, 1)
+    assert all(p.abs().max() > 0 for p in (*model.recall_embeds.parameters(), model.recall_gate.weight))
+
+
 def test_a_short_window_forgets():
     model = wake(tiny_gpt(n_layer=1, windows=[3], value_embed_every=0))
     ids = torch.randint(50, (1, 24))
