@@ -64,13 +64,14 @@ def masked_softmax(q, k, v, window):
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "dense"])
 @pytest.mark.parametrize("T, window", [(1, 1), (7, 1), (64, 63), (130, 16), (200, 64), (200, 100), (256, 256), (99, 0)])
-def test_attend_is_masked_softmax_forward_and_backward(T, window):
+def test_attend_is_masked_softmax_forward_and_backward(T, window, kernel):
     torch.manual_seed(T)
     ours = [torch.randn(2, T, 3, 16, requires_grad=True) for _ in range(3)]
     twin = [x.detach().clone().requires_grad_() for x in ours]
     weight = torch.randn(2, T, 3, 16)
-    y, z = train.attend(*ours, window, "sdpa"), masked_softmax(*twin, window)
+    y, z = train.attend(*ours, window, kernel), masked_softmax(*twin, window)
     (y * weight).sum().backward()
     (z * weight).sum().backward()
     torch.testing.assert_close(y, z, atol=2e-5, rtol=1e-4)
