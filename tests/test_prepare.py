@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import document
+from conftest import SMALL, document
 from hub import write_shard
 from torch import nn
 from tqdm import tqdm
@@ -669,7 +669,8 @@ def test_every_mistake_is(cache, monkeypatch, capsys, args):
     assert not cache.exists()
 
 
-def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache):
+def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache, monkeypatch):
+    monkeypatch.setitem(prepare.SCALES, "small", SMALL)  # as the command has them
     hub.folder = climbmix_like
     process = start(cache, "--num-shards", "2", "--scale", "small", "--vocab-size", "600")
     out, err = process.communicate()

@@ -124,8 +124,9 @@ class Lab:
             path.mkdir(parents=True)
         (self.cache / toy.name).symlink_to(toy)
         (self.cache / "current").write_text(toy.name)
-        for name in ("prepare.py", "referee.py", "results.tsv", ".gitignore"):
+        for name in ("prepare.py", "referee.py", ".gitignore"):
             shutil.copy(ROOT / name, self.repository)
+        (self.repository / "results.tsv").write_text(referee.HEADER + "\n")
         edit(self.repository / "referee.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
         (self.repository / "train.py").write_text(player)
         self.git("init", "-q", "-b", "main")
