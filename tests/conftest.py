@@ -22,6 +22,11 @@ SMALL = prepare.SCALES["small"]
 prepare.SCALES["small"] = SMALL | dict(seq_len=256)  # of what is prepared in this process: half the work for models
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that the workers end together."""
+    items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_faults.py"))
+
+
 def pytest_unconfigure():
     CACHE.cleanup()
 
