@@ -22,12 +22,13 @@ def test_ruff_finds_nothing():
     assert run.returncode == 0, run.stdout
 
 
-LINES = {"prepare.py": 700, "referee.py": 700, "train.py": 630, "README.md": 150}
+LINES = {"prepare.py": 700, "referee.py": 700, "train.py": 630, "program.md": 150, "README.md": 150}
 
 
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_small(name):
-    assert len((ROOT / name).read_text().splitlines()) <= LINES[name]
+    lines = (ROOT / name).read_text().splitlines()
+    assert len(lines) <= LINES[name] and (name == "README.md" or max(map(len, lines)) <= 120)
 
 
 def test_dependencies_are_pinned_exactly():

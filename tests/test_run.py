@@ -370,6 +370,25 @@ def test_rows_come_from_the_file_and_the_journal(lab):
 
 # Git takes rows out of results.tsv
 
+
+def test_on_the_branch_of_program_md_git_does_not_touch_the_log(lab):
+    setup = re.search(r"```bash\n(.*?)```", (ROOT / "program.md").read_text(), re.S)[1].replace("<tag>", "nov1")
+    with open(lab.repository / "results.tsv", "a") as f:
+        f.write("1234567\t1.0\t0.0\tkeep\tof another machine\n")
+    lab.commit("a log with a row")
+    subprocess.run(["bash", "-euc", setup], cwd=lab.repository, check=True, capture_output=True,
+                   env=os.environ | {f"GIT_{who}_{what}": "t" for who in ("AUTHOR", "COMMITTER")
+                                     for what in ("NAME", "EMAIL")})
+    assert lab.git("branch", "--show-current") == "autoresearch/nov1" and lab.results() == []
+    for waste in (9.0, 9.5):
+        lab.set_waste(waste)
+        lab.git("commit", "-q", "-m", f"try {waste}", "train.py")
+        lab.experiment()
+    lab.git("reset", "-q", "--hard", "HEAD~1")
+    assert [row[3:] for row in lab.results()] == [["keep", "try 9.0"], ["discard", "try 9.5"]]
+    assert lab.git("status", "--porcelain") == ""
+
+
 BREAKS = dict(  # in the loop of a player
     crash="raise ValueError('no')", hang="ctypes.PyDLL(None).sleep(100)", killed="os.kill(os.getpid(), 9)",
     oom="raise torch.OutOfMemoryError('of 80 GB')",
