@@ -138,9 +138,8 @@ def __getattr__(name):
 def default_device():
     import torch
 
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 
 @contextlib.contextmanager
