@@ -269,7 +269,7 @@ def download_all(files, folder, workers):
     record, verified, sizes = folder / "verified.json", {}, []
     with contextlib.suppress(OSError, ValueError):
         verified = dict(json.loads(record.read_text()))
-    missing = [name for name in files if not stamp(name) or verified.get(name) != stamp(name)]
+    missing = [name for name in files if stamp(name) != verified.get(name, "never")]
     print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
     if not missing:
         return

@@ -431,7 +431,8 @@ class Run:
         r = self.record
         r |= dict(error=" ".join(r["error"].split())[:500], total_seconds=time.monotonic() - OPENED)
         logged = r["standard"] and r["device"] != "n/a"  # which it is before the run has the device
-        best = best_kept(results(r["repository"], r["branch"]))
+        lines = results(r["repository"], r["branch"])
+        best = best_kept(lines)
         verdict = "crash"
         if r["status"] == "ok":
             verdict = "keep" if round(r["val_bpb"], 6) < best else "discard"
@@ -443,8 +444,7 @@ class Run:
         try:
             append_line(cache_root() / "runs.jsonl", json.dumps(r, default=str))
             if logged:
-                lines = results(r["repository"], r["branch"])
-                prepare.write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in lines))
+                prepare.write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in [*lines, r["row"]]))
         except OSError as error:
             r["error"] += f" NOT LOGGED: {error}"
         verdict += f" (best was {best:.6f})" if best < math.inf else " (first)"
