@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,9 +21,6 @@ os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost"
 
 import prepare  # noqa: E402
 
-SMALL = prepare.SCALES["small"]
-prepare.SCALES["small"] = SMALL | dict(seq_len=256)  # of what is prepared in this process: half the work for models
-
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the workers end together."""
@@ -29,6 +29,20 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
     CACHE.cleanup()
+
+
+SCRIPT = Path(prepare.__file__)
+
+
+def start(cache, *args, **options):
+    """`prepare.py args` as a process, in the cache `cache`; options are Popen's."""
+    return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}, cwd=SCRIPT.parent, **options)
+
+
+def block(output):
+    """The report at the end of what a run printed: {key: value}."""
+    return dict(re.split(r":\s+", line, maxsplit=1) for line in output.rpartition("---\n")[2].splitlines())
 
 
 SYLLABLES = [a + b for a in ("b", "d", "g", "k", "l", "m", "n", "r", "s", "t", "v", "sh", "tr") for b in "aeiou"]
@@ -92,7 +106,9 @@ def toy_text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy(toy_text):
     """The folder of a small prepared corpus, current in the cache of this session: rows of 256, vocabulary 512."""
-    prepare.prepare(str(toy_text), "small", None, 512, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(prepare.SCALES["small"], "seq_len", 256)  # half the work for the models
+        prepare.prepare(str(toy_text), "small", None, 512, 2)
     return prepare.current_folder()
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import block
 
 import prepare
 import referee
@@ -282,9 +283,9 @@ def run_of(tokenizer, monkeypatch, capfd):
                 cheat(run, lambda player=None: run.score(player or Player(), tokenizer, 8))
         except SystemExit as error:
             code = error.code
-        report = capfd.readouterr().out.rpartition("---\n")[2]
+        report = block(capfd.readouterr().out)
         record = (prepare.cache_root() / "runs.jsonl").read_text().splitlines()[-1]
-        return dict(line.split(":", 1) for line in report.splitlines()), json.loads(record), code
+        return report, json.loads(record), code
 
     return go
 

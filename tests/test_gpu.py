@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_train import block, losses, masked_softmax, run_train
+from conftest import block
+from test_train import losses, masked_softmax, run_train
 
 import prepare
 import train

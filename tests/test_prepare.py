@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import SMALL, document
+from conftest import document, start
 from hub import write_shard
 from torch import nn
 from tqdm import tqdm
@@ -23,7 +22,6 @@ from tqdm import tqdm
 import prepare
 import referee
 
-SCRIPT = Path(prepare.__file__)
 QUIET = tqdm(disable=True)
 
 
@@ -639,11 +637,6 @@ MISTAKES = [
 ]
 
 
-def start(cache, *args, **environment):
-    return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"AUTORESEARCH_CACHE": str(cache)} | environment, cwd=SCRIPT.parent)
-
-
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
     """The first two as running commands, side by side: each takes seconds to import torch."""
@@ -669,8 +662,7 @@ def test_every_mistake_is(cache, monkeypatch, capsys, args):
     assert not cache.exists()
 
 
-def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache, monkeypatch):
-    monkeypatch.setitem(prepare.SCALES, "small", SMALL)  # as the command has them
+def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache):
     hub.folder = climbmix_like
     process = start(cache, "--num-shards", "2", "--scale", "small", "--vocab-size", "600")
     out, err = process.communicate()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import block
 
 import referee
 
@@ -165,8 +166,7 @@ class Lab:
         self.wait(folder)
         log = (folder / "run.log").read_text()
         assert log.count("---\n") == 1, log
-        block = dict(re.split(r":\s+", line, maxsplit=1) for line in log.rpartition("---\n")[2].splitlines())
-        return int((folder / "exit").read_text()), log, block
+        return int((folder / "exit").read_text()), log, block(log)
 
     def experiment(self, **env):
         self.start(**env)

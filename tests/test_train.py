@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import block
 
 import prepare
 import referee
@@ -296,10 +297,6 @@ def test_out_of_memory_halves_the_rows(capsys):
 def run_train(script, seconds, cwd=ROOT, **env):
     env = os.environ | dict(AUTORESEARCH_TIME_BUDGET=str(seconds), PYTHONPATH=str(ROOT)) | env
     return subprocess.run([sys.executable, script], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
-
-
-def block(output):
-    return dict(re.split(r":\s+", line, maxsplit=1) for line in output.rpartition("---\n")[2].splitlines())
 
 
 def losses(output):
