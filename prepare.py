@@ -339,32 +339,33 @@ def records(path):
 def text_groups(files, held_out, limit=None):
     """Lists of the documents of `files`, of the validation split or the training split.
 
-    Files come in a scrambled order, and are held out whole, by a digest of their content, so that copies fall on the
-    same side. Where fewer than 50 are there, single documents are.
+    Held out are whole files, of fewer than 50 single documents, by a digest: copies fall on the same side.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 
     def chosen(data):
         return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64) == held_out
 
-    whole, scrambled = len(files) >= 50, sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
-    found = islice((text for path in scrambled if not whole or chosen(path.read_bytes())
+    whole = len(files) >= 50
+    found = islice((text for path in files if not whole or chosen(path.read_bytes())
                     for text in records(path) if text and (whole or chosen(text.encode()))), limit)
     while group := list(islice(found, GROUP)):
         yield group
 
 
 def find_files(data):
-    """The text files of `data`: 'python' is this environment's source, anything else a file or a folder."""
+    """The text files of `data` ('python': this environment's source), scrambled by their paths below its folder."""
     if data == "python":
         folders = {Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib", "platlib")}
-        nested = {"site-packages", "dist-packages"}  # below the standard library: another environment's
-        return [p for f in folders for p in f.rglob("*.py") if not nested.intersection(p.relative_to(f).parts)]
-    path = Path(data).expanduser().absolute()
-    found = [p for p in ([path] if path.is_file() else path.rglob("*")) if p.suffix in ENDINGS and p.is_file()]
+        endings, others = (".py",), {"site-packages", "dist-packages"}  # environments below the standard library
+    else:
+        folders, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
+    paths = [(path, path.relative_to(top)) for top in folders for path in ([top] if top.is_file() else top.rglob("*"))]
+    found = {path: str(below) for path, below in paths
+             if path.suffix in endings and path.is_file() and not others.intersection(below.parts)}
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text to one")
-    return found
+    return sorted(found, key=lambda path: (digest(found[path]), path))
 
 
 def text_size(path):

@@ -301,17 +301,20 @@ def test_a_parquet_file_without_text_names_its_columns(tmp_path):
 
 @pytest.mark.parametrize("count", [3, 120], ids=["few files", "many files"])
 def test_splits_share_no_document_and_lose_none(tmp_path, count):
-    rng, total = random.Random(4), 600_000
+    rng, total, folder = random.Random(4), 600_000, tmp_path / "text"
+    folder.mkdir()
     for number in range(count):
         text = document(rng, total // count)
         for copy in "ab":  # every file twice
-            (tmp_path / f"{number}{copy}.txt").write_text(text, encoding="utf-8")
-    files = prepare.find_files(tmp_path)
+            (folder / f"{number}{copy}.txt").write_text(text, encoding="utf-8")
+    files = prepare.find_files(folder)
     train, val = (sum(prepare.text_groups(files, held_out), []) for held_out in (False, True))
     assert val and not set(val) & set(train)
     assert sorted(train + val) == sorted(text for path in files for text in prepare.records(path))
     assert 0.01 < sum(map(len, val)) / (2 * total) < 0.25
-    assert train == sum(prepare.text_groups(files[::-1], False), []), "the order of the files may not matter"
+    moved = prepare.find_files(folder.rename(tmp_path / "moved"))
+    assert train == sum(prepare.text_groups(moved, False), []), "the same text in another folder comes in another order"
+    assert [path.name for path in files] != sorted(path.name for path in files)
 
 
 def test_the_python_corpus_is_this_environment():
