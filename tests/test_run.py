@@ -319,6 +319,14 @@ def test_a_change_not_committed_is_marked(lab, name, mark):
 # What must not cost a run its record
 
 
+def test_an_error_after_the_score_does_not_lose_it(lab):
+    (lab.repository / "train.py").write_text(f"{PLAYER}    raise ValueError('the sample')\n")
+    lab.start()
+    code, log, block = lab.end()
+    assert (code, block["status"], block["error"]) == (0, "ok", "ValueError: the sample") and "Traceback" in log
+    assert [row[1:4] for row in lab.results()] == [[block["val_bpb"], "0.0", "keep"]]
+
+
 @pytest.mark.parametrize("line, status", [
     ("run.record['constants']['KINDS'] = (torch.float32, len)", "ok"),  # what JSON does not know
     ("os.fork() or (time.sleep(2), os._exit(0))", "ok"),  # a process that outlives the run and its grace
