@@ -1,14 +1,21 @@
 """
-How fast things are, on the Python source of this environment, in a cache that is thrown away.
+How fast things are, and how good.
 
-    uv run python tests/bench.py            all
     uv run python tests/bench.py loader     batches of prepare.py beside the slow twin of reference.py, taking turns
     uv run python tests/bench.py prepare    prepare.py as a process: seconds and peak memory by size of the text
+    uv run python tests/bench.py train      train.py as a process on the data prepared last: steps, start-up, evaluation
+    uv run python tests/bench.py train --against PATH --seconds 300
+                                            the same, taking turns with the train.py of another checkout, on our
+                                            prepare.py: anything with the interface of karpathy/autoresearch
 
-Other jobs spoil the figures: see the load.
+The first two work on the Python source of this environment, in a cache that is thrown away. Other jobs spoil the
+figures: see the load.
 """
 
+import argparse
 import os
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +35,9 @@ import prepare
 B, T, VOCAB_SIZE = 64, 2048, 8192
 TRAIN_CHARS, VAL_CHARS = 30_000_000, 2_000_000
 REPETITIONS = 5
+ORIGINAL = dict(  # the shape of karpathy/autoresearch's model: one more row where there is CUDA
+    DEPTH=8, N_EMBD=512, HEAD_DIM=128, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1024, VALUE_EMBED_EVERY=2, TOTAL_BATCH=2**19,
+)
 BATCHES, SLOW_BATCHES = 1_000, 6  # of 131,072 tokens in one repetition: about half a second of each
 
 
@@ -112,15 +122,76 @@ def bench_prepare(root):
     print(f"{'':<12} {slope:.3f} s a MB more: 2,500 MB in {seconds[-1] + slope * (2_500 - sizes[-1]):.0f} s")
 
 
+def experiment(folder, changes, cache, seconds, fresh):
+    """The report of the train.py in `folder`, run in a process: {key: number or text}, `outside` its other seconds.
+
+    `changes` are constants to set before; `fresh`: with no compiled code kept from a run before.
+    """
+    env = dict(AUTORESEARCH_TIME_BUDGET=str(seconds), AUTORESEARCH_CACHE=str(cache), PYTHONPATH=str(folder))
+    script = ["-c", f"import train; vars(train).update({changes}); train.main()"] if changes else ["train.py"]
+    with tempfile.TemporaryDirectory() as compiled:
+        env = os.environ | env | (dict(TORCHINDUCTOR_CACHE_DIR=compiled) if fresh else {})
+        begun = time.perf_counter()
+        run = subprocess.run([sys.executable, *script], cwd=folder, env=env, capture_output=True, text=True)
+        wall = time.perf_counter() - begun
+    report = dict(re.findall(r"^(\w+): +(.*)$", run.stdout, re.M))
+    if run.returncode or "val_bpb" not in report:
+        sys.exit(f"train.py in {folder} failed: {report.get('error') or run.stderr[-1000:]}")
+    report = {key: float(value) if re.fullmatch(r"-?[\d.]+", value) else value for key, value in report.items()}
+    rate = 1e6 * report["total_tokens_M"] / report["training_seconds"]
+    return report | dict(outside=wall - report["training_seconds"], rate=report.get("tokens_per_second", rate))
+
+
+def bench_train(against, cache, seconds, n):
+    """Ours, the original's shape, another checkout's train.py: n runs of each in turn, the first a cold start."""
+    with tempfile.TemporaryDirectory(prefix="autoresearch-bench-") as folder:
+        here = Path(prepare.__file__).parent
+        rows = {"ours": (here, None, prepare.cache_root())}
+        if torch.cuda.is_available():
+            rows["ours, 8 x 512"] = here, ORIGINAL, prepare.cache_root()
+        if against:
+            rows["theirs"] = Path(folder), None, cache or prepare.cache_root()
+            shutil.copy(Path(against, "train.py"), folder)
+            for name in ("prepare.py", "referee.py"):
+                shutil.copy(here / name, folder)
+        seen = {name: [] for name in rows}
+        columns = dict(val_bpb="val_bpb", rate="tokens/s", num_steps="steps", outside="outside, s",
+                       startup_seconds="start-up", eval_seconds="evaluation", peak_vram_mb="peak, MB")
+        print(f"\ntraining for {seconds:.0f} s\n{'':<16} " + " ".join(f"{title:>11}" for title in columns.values()))
+
+        def row(name, report):
+            cells = (f"{report[c]:,.{4 if report[c] < 10 else 1}f}" if c in report else "" for c in columns)
+            print(f"{name:<16} " + " ".join(f"{cell:>11}" for cell in cells), flush=True)
+
+        for i in range(n):
+            for name, what in rows.items():
+                seen[name].append(experiment(*what, seconds, fresh=i == 0))
+                row(f"{name}, {i + 1}", seen[name][-1])
+        means = {name: {c: statistics.mean(r[c] for r in reports) for c in columns if c in reports[0]}
+                 for name, reports in seen.items()}
+        for name, mean in means.items():
+            row(f"{name}, mean", mean)
+        if against:
+            row("ratio", {c: means["ours"][c] / value for c, value in means["theirs"].items() if value})
+
+
 def main():
-    wanted = sys.argv[1:] or ["loader", "prepare"]
+    parser = argparse.ArgumentParser(description="Measure loader, preparation and training.")
+    parser.add_argument("what", choices=["loader", "prepare", "train"])
+    parser.add_argument("--against", metavar="PATH", help="a checkout with a train.py to compare ours with")
+    parser.add_argument("--cache", metavar="PATH", help="of the data that theirs is trained on, if other than ours")
+    parser.add_argument("--seconds", type=float, default=20, help="time budget of a training run (default: 20)")
+    parser.add_argument("-n", type=int, default=3, help="training runs of each (default: 3)")
+    args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    if args.what == "train":
+        bench_train(args.against, args.cache, args.seconds, args.n)
     with tempfile.TemporaryDirectory(prefix="autoresearch-bench-") as root:
-        if "loader" in wanted:
+        if args.what == "loader":
             shards = prepare_corpus(Path(root))
             print(f"\nB {B}, T {T}, n = {REPETITIONS}\n{'':<22} {'':<13} {'median':>14} {'min':>14} {'max':>14}")
             bench_loader(shards)
-        if "prepare" in wanted:
+        if args.what == "prepare":
             bench_prepare(Path(root))
 
 
