@@ -10,11 +10,13 @@ Sections, in the order they are used: constants, model, optimizer, schedules, tr
 """
 
 import ctypes
+import functools
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass
+import timeit
+from dataclasses import asdict, dataclass
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -22,32 +24,35 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import SCALE, Tokenizer, make_dataloader
+from prepare import SCALE, Tokenizer, TokenStore, cache_root, current_folder, make_dataloader
 from referee import Run
 
 # === Constants, read by main() alone. Edit a line, commit, run ========================================================
 
 # Model
 DEPTH = 8  # layers
-N_EMBD = 768  # width, a multiple of HEAD_DIM
-HEAD_DIM = 128  # of query, key and value
+N_EMBD = 768  # width, a multiple of HEAD_DIM; 8 x 768 beats 8 x 512 in public logs of H100 and B200
+HEAD_DIM = 128  # of query, key and value; 64 is slower on a GPU
 MLP_RATIO = 4  # hidden width of the MLP / N_EMBD
 WINDOW_PATTERN = "SSSL"  # attention of the layers in turn, S short, L all of the past; the last layer is always L
 SHORT_WINDOW = 256  # tokens before itself that a token of an S layer sees
 VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 0: none
-RECALL = ()  # (1, 2, 3): look up what followed the last earlier occurrence of the last 1, 2, 3 tokens; (): nothing
+RECALL = ()  # (1, 2, 3): look up what followed the last 1, 2, 3 tokens earlier in the row; (): not yet tried on a GPU
+MEMORY = ()  # (2, 3, 6): look up what mostly follows the last 2, 3, 6 tokens in the training text; as RECALL
+MEMORY_SLOTS = 2**24  # n-grams of each length that it has room for, 4 bytes each
+TRAIN_ON = 2**29  # tokens, the first of the text, that the memory does not read: more than a run trains on
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at all
 
 # Batch
-TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows
-DEVICE_BATCH = 64  # rows of a forward at most: 34 GB; halved by itself when out of memory
+TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows; 2**19 has too few steps
+DEVICE_BATCH = 64  # rows of a forward at most: about 34 GB; halved by itself when out of memory, so 24 GB have 32
 
 # Optimizer: learning rates hold at width 768, those of AdamW's matrices scale with (N_EMBD / 768)^-0.5
 MATRIX_LR = 0.04  # Muon
-EMBED_LR = 0.8  # AdamW, token and value embeddings
-HEAD_LR = 0.008  # AdamW
+EMBED_LR = 0.8  # AdamW, token and value embeddings; good from 0.74 to 0.9
+HEAD_LR = 0.008  # AdamW; good from 0.006 to 0.01
 RESID_LR, X0_LR = 0.005, 0.5  # AdamW, per-layer scalars
 ADAM_BETAS = (0.8, 0.95)
 MATRIX_DECAY = 0.125  # cautious: only where update and weight agree in sign; fades as (1 - progress)^2
@@ -56,23 +61,24 @@ MOMENTUM = (0.85, 0.92, 0.05)  # of Muon: from, to, over this share of the run
 
 # Schedule, by share of the time budget
 WARMDOWN = 0.8  # the last part of the run, in which learning rates fall linearly
-FINAL_LR = 0.04  # share of the learning rate left at the end
+FINAL_LR = 0.04  # share of the learning rate left at the end; good from 0.03 to 0.05
 
 # Speed
 COMPILE = True  # torch.compile for the training step
 
-if SCALE == "small":  # what differs on a CPU, where a step is small and compiling takes a fifth of the time
-    DEPTH = 3
-    N_EMBD = 128  # 192 costs 1.6 times as much a step
-    HEAD_DIM = 64
-    RECALL = (1, 2, 3)
-    EMBED_LR = 0.2
-    ADAM_BETAS = (0.8, 0.99)
+if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores with rows of 256 or 512 tokens
+    DEPTH = 2  # tried 3: +0.016
+    N_EMBD = 128  # tried 192: 1.6 times the time of a step
+    HEAD_DIM = 64  # tried 128: equal
+    RECALL = (1, 2, 3)  # tried none: far worse; 4 and 6 beside: little
+    MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.15; (2, 3, 4, 6): +0.025; 16 beside: equal
+    TRAIN_ON = 2**24  # tried 2**25: +0.012; a run on two cores comes to 12 M
+    EMBED_LR = 0.2  # tried 0.4, 0.8: worse
+    ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     WINDOW_PATTERN = "L"
-    TOTAL_BATCH = 2**11
-    DEVICE_BATCH = 64
+    TOTAL_BATCH = 2**11  # tried 2**9, 2**10: worse
     SOFTCAP = 0.0
-    COMPILE = False
+    COMPILE = False  # a minute of compiling costs more patience than it brings
 
 # === Model ============================================================================================================
 
@@ -93,8 +99,10 @@ class GPTConfig:
     qk_gain: float
     softcap: float
     dtype: torch.dtype  # of activations; weights are kept in fp32
-    attention: str  # "varlen", "sdpa" or "dense", see attend()
+    attention: str  # see attention_kernel()
     recall: tuple = ()
+    memory: tuple = ()
+    memory_slots: int = 0
 
     @property
     def n_head(self):
@@ -118,15 +126,35 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
-def attend(q, k, v, window, kernel):
-    """Causal attention in which a token sees itself and `window` tokens before it: (B, T, H, D) -> (B, T, H, D).
+@functools.cache
+def flash_attention_3():
+    """FlashAttention-3, built for Hopper, from the hub; None, said once, where it cannot be had."""
+    try:
+        from kernels import get_kernel
 
-    "varlen" is torch's flash kernel, windowed: bf16 on CUDA from sm_80 on. "sdpa" runs anywhere: with a window it goes
-    by blocks of queries, each against the keys that it can see. "dense" writes the scores down, (B, H, T, T): on a CPU
-    twice as fast for rows of 256 tokens.
+        repo, revision = "varunneal/flash-attention-3", "de87b9b5af06dd9984df595bef90b2eba44b181a"
+        return get_kernel(repo, revision=revision, trust_remote_code=[repo]).flash_attn_interface.flash_attn_func
+    except Exception as error:  # no network, no build for this torch: many kinds of one thing
+        print(f"no FlashAttention-3, torch's own kernel instead ({type(error).__name__}: {str(error)[:100]})")
+
+
+def attention_kernel(device, dtype, sequence_len):
+    """The `kernel` of attend() that is fastest on a device, by what it can do.
+
+    "fa3": Hopper, if it can be had. "varlen": torch's flash kernel, bf16 on CUDA from sm_80 on. "sdpa": anywhere.
+    "dense" writes the scores down, (B, H, T, T): on a CPU twice as fast for rows of 256 tokens.
     """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        return "fa3" if torch.cuda.get_device_capability() == (9, 0) and flash_attention_3() else "varlen"
+    return "dense" if device.type == "cpu" and sequence_len <= 512 else "sdpa"
+
+
+def attend(q, k, v, window, kernel):
+    """Causal attention in which a token sees itself and `window` tokens before it: (B, T, H, D) -> (B, T, H, D)."""
     B, T, H, D = q.shape
     full = window >= T - 1
+    if kernel == "fa3":
+        return flash_attention_3()(q, k, v, causal=True, window_size=(-1 if full else window, 0))
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -140,7 +168,7 @@ def attend(q, k, v, window, kernel):
         return ((q * D**-0.5 @ k.mT + hidden).softmax(-1) @ v).transpose(1, 2)
     if full:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    blocks, size = [], max(window, 64)
+    blocks, size = [], max(window, 64)  # of queries, each against the keys that they can see
     for start in range(0, T, size):
         first, stop = max(0, start - window), min(start + size, T)
         distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
@@ -163,19 +191,66 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def ngram(idx, n, vocab_size):
+    """A number for the last n tokens at each place, one to one while (vocab_size + 2)^n < 2^63: int64 (B, T)."""
+    key, base = idx, (vocab_size + 1) | 1  # odd, so that no token is lost where the number overflows
+    for i in range(1, n):
+        key = key * base + F.pad(idx, (i, 0), value=vocab_size)[:, : idx.size(1)]
+    return key
+
+
 def recall(idx, n, vocab_size):
     """The token that followed the last earlier occurrence of the last n tokens, vocab_size if there is none: (B, T).
 
     What an induction head (arXiv 2209.11895) has to learn, looked up: a stable sort by n-gram puts that occurrence
     just before the present one. What followed it is the present token at the latest, so nothing is seen of the future.
     """
-    key = idx  # a number for each n-gram, exact while (vocab_size + 1)^n < 2^63
-    for i in range(1, n):
-        key = key * (vocab_size + 1) + F.pad(idx, (i, 0), value=vocab_size)[:, : idx.size(1)]
-    key, order = key.sort(dim=1, stable=True)
+    key, order = ngram(idx, n, vocab_size).sort(dim=1, stable=True)
     found = F.pad(key[:, 1:] == key[:, :-1], (1, 0))
     follower = idx.roll(-1, 1).gather(1, F.pad(order[:, :-1], (1, 0)))
     return torch.empty_like(idx).scatter_(1, order, follower.where(found, vocab_size))
+
+
+class Memory(nn.Module):
+    """What mostly follows an n-gram in a text, and how surely: a hash table for each n of `orders`.
+
+    It reads, in seconds, the text that training has no time for: an n-gram model beside the neural one, as infini-gram
+    (arXiv 2401.17377). An entry is a check of the n-gram, a token and a count, which agreement raises and disagreement
+    lowers until another takes the place (the majority vote of Boyer and Moore): what is frequent stays.
+    """
+
+    COUNTS, MIX = 8, -7046029254386353131  # 2^64 over the golden ratio, odd, as an int64
+
+    def __init__(self, orders, slots, vocab_size):
+        super().__init__()
+        self.orders, self.vocab_size = orders, vocab_size
+        self.register_buffer("table", torch.zeros(len(orders), slots, dtype=torch.int32))
+
+    def places(self, idx, n):
+        """The slot and the check, from 1 up, of the n-gram that ends at each token of idx (B, T): (B, T) each."""
+        mixed = ngram(idx, n, self.vocab_size) * self.MIX
+        mixed = (mixed ^ (mixed >> 32)) * self.MIX
+        checks = 2**31 // (self.COUNTS * self.vocab_size) - 1
+        return (mixed >> 32) % self.table.size(1), (mixed >> 14) % checks + 1
+
+    def write(self, tokens, at_once=2**18):
+        """Learn from an array of tokens; of several meetings with an n-gram in `at_once` tokens one counts."""
+        for start in range(0, len(tokens) - 1, at_once):
+            ids = torch.from_numpy(tokens[start : start + at_once + 1].astype("int64")).to(self.table.device)
+            for table, n in zip(self.table, self.orders, strict=True):
+                slot, check = (x[0] for x in self.places(ids[None, :-1], n))
+                old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
+                count = old % self.COUNTS
+                agreed = old + (count < self.COUNTS - 1)
+                table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
+
+    def read(self, idx):
+        """(tokens, counts), (B, T) each, for each of `orders`; vocab_size and 0 where the n-gram is not known."""
+        for table, n in zip(self.table, self.orders, strict=True):
+            slot, check = self.places(idx, n)
+            entry, count = table[slot].long() // self.COUNTS, table[slot].long() % self.COUNTS
+            known = entry // self.vocab_size == check
+            yield (entry % self.vocab_size).where(known, self.vocab_size), count.where(known, 0)
 
 
 class Linear(nn.Linear):
@@ -186,6 +261,31 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Lookups(nn.Module):
+    """Recall and memory in a model: what they find is embedded, and gets a bonus in the logits."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.recalls, self.vocab_size, lookups = config.recall, config.vocab_size, len(config.recall + config.memory)
+        self.memory = Memory(config.memory, config.memory_slots, config.vocab_size)
+        sizes = [config.vocab_size + 1] * lookups + [Memory.COUNTS] * len(config.memory)
+        self.register_buffer("first", torch.tensor([0, *sizes[:-1]]).cumsum(0), persistent=False)
+        self.embeds = nn.EmbeddingBag(sum(sizes), config.n_embd, mode="sum")  # of tokens, then of counts
+        self.gate = Linear(config.n_embd, lookups)
+
+    def forward(self, idx):
+        """The tokens found, vocab_size where there is none: (B, T, lookups), and their embedding: (B, T, C)."""
+        known = [*self.memory.read(idx)]
+        found = [recall(idx, n, self.vocab_size) for n in self.recalls] + [tokens for tokens, _ in known]
+        rows = torch.stack(found + [counts for _, counts in known], dim=-1) + self.first
+        return torch.stack(found, dim=-1), self.embeds(rows.flatten(0, 1)).view(*idx.shape, -1)
+
+    def add_bonus(self, logits, x, found):
+        """Each token found may be copied, as by a pointer network (arXiv 1609.07843), if x, (B, T, C), says so."""
+        bonus = self.gate(x).float() * (found < self.vocab_size)
+        return logits.scatter_add(-1, found % self.vocab_size, bonus)
 
 
 class Attention(nn.Module):
@@ -243,8 +343,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, config.n_embd)
                                            for i in range(config.n_layer) if config.has_value_embed(i)})
-        self.recall_embeds = nn.ModuleList(nn.Embedding(config.vocab_size + 1, config.n_embd) for _ in config.recall)
-        self.recall_gate = Linear(config.n_embd, len(config.recall)) if config.recall else None
+        self.lookups = Lookups(config) if config.recall or config.memory else None
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))  # x = resid * x + x0 * embedding, before a layer
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         cos, sin = rotary(config.sequence_len, config.head_dim, config.rope_base)
@@ -260,8 +359,9 @@ class GPT(nn.Module):
         self.lm_head.weight.normal_(std=0.001)
         for embed in self.value_embeds.values():
             embed.weight.uniform_(-bound, bound)
-        for lookup in (*self.recall_embeds, *([self.recall_gate] if self.config.recall else [])):
-            lookup.weight.zero_()
+        if self.lookups is not None:
+            self.lookups.embeds.weight.zero_()
+            self.lookups.gate.weight.zero_()
         for block in self.blocks:
             block.attn.c_qkv.uniform_(-bound, bound)
             block.mlp.c_fc.weight.uniform_(-bound, bound)
@@ -275,19 +375,17 @@ class GPT(nn.Module):
             raise ValueError(f"a row of {T} tokens is longer than sequence_len {c.sequence_len}")
         cos, sin = self.cos[:T], self.sin[:T]
         x = self.wte(idx)
-        recalled = [recall(idx, n, c.vocab_size) for n in c.recall]
-        for tokens, embed in zip(recalled, self.recall_embeds, strict=True):
-            x = x + embed(tokens)
+        if self.lookups is not None:
+            found, embedding = self.lookups(idx)
+            x = x + embedding
         x = x0 = norm(x.to(c.dtype))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(c.dtype) * x + self.x0_lambdas[i].to(c.dtype) * x0
             x = block(x, self.value_embeds[str(i)](idx).to(c.dtype) if c.has_value_embed(i) else None, cos, sin)
         x = norm(x)
         logits = self.lm_head(x).float()
-        if recalled:  # each recalled token gets a bonus, as a pointer network's (arXiv 1609.07843), that x decides
-            tokens = torch.stack(recalled, dim=-1)
-            bonus = self.recall_gate(x).float() * (tokens < c.vocab_size)
-            logits = logits.scatter_add(-1, tokens % c.vocab_size, bonus)
+        if self.lookups is not None:
+            logits = self.lookups.add_bonus(logits, x, found)
         return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
     def flops_per_token(self):
@@ -361,8 +459,10 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     """
     size = (model.config.n_embd / 768) ** -0.5
     embed_decay, value_decay, head_decay, matrix_decay = decays
-    tables = [*model.value_embeds.parameters(), *model.recall_embeds.parameters()]
-    heads = [model.lm_head.weight] + ([model.recall_gate.weight] if model.config.recall else [])
+    tables, heads = [*model.value_embeds.parameters()], [model.lm_head.weight]
+    if model.lookups is not None:
+        tables.append(model.lookups.embeds.weight)
+        heads.append(model.lookups.gate.weight)
     shapes = {}
     for p in model.blocks.parameters():
         shapes.setdefault(p.shape, []).append(p)
@@ -413,15 +513,9 @@ def fast_dtype(device):
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     if device.type != "cpu":
         return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, times = torch.ones(1024, 256, dtype=dtype), []
-        for _ in range(10):
-            begun = time.perf_counter()
-            x @ x.mT
-            times.append(time.perf_counter() - begun)
-        seconds[dtype] = min(times)
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.8 * seconds[torch.float32] else torch.float32
+    matrices = (torch.ones(1024, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x.mT, number=1, repeat=10)) for x in matrices)
+    return torch.bfloat16 if bf16 < 0.8 * fp32 else torch.float32
 
 
 def keep_memory():
@@ -454,12 +548,11 @@ def train_step(loss_fn, model, optimizers, batches, forwards):
 def warm_up(loss_fn, model, optimizers, rows, at_most, device):
     """Compile and try the step on made-up batches, then put everything back; returns split_batch() of what fits."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shape = lambda micro: (micro, model.config.sequence_len)  # noqa: E731
     while True:
         micro, forwards = split_batch(rows, at_most)
         try:
             with torch.random.fork_rng():
-                made_up = torch.randint(model.config.vocab_size, shape(micro), device=device)
+                made_up = torch.randint(model.config.vocab_size, (micro, model.config.sequence_len), device=device)
                 for _ in range(2):
                     train_step(loss_fn, model, optimizers, iter([(made_up, made_up, 1)] * forwards), forwards)
             break
@@ -476,27 +569,36 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
     return micro, forwards
 
 
+@torch.no_grad()
+def sample(model, idx, count, temperature=0.8):
+    """Continue the rows of idx (B, t) by `count` tokens; forwards are of whole rows, as in training."""
+    for _ in range(count):
+        row = F.pad(idx, (0, model.config.sequence_len - idx.size(1)))
+        logits = model(row)[:, idx.size(1) - 1]
+        idx = torch.cat((idx, torch.multinomial((logits / temperature).softmax(-1), 1)), dim=1)
+    return idx
+
+
 def main():
     with Run(globals()) as run:
         keep_memory()
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
         tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
-        flash = run.device.type == "cuda" and dtype == torch.bfloat16
+        rest = TokenStore(current_folder() / "train").tokens[TRAIN_ON:]
         config = GPTConfig(
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD, head_dim=HEAD_DIM,
             mlp_ratio=MLP_RATIO, windows=layer_windows(WINDOW_PATTERN, DEPTH, SHORT_WINDOW, T),
             value_embed_every=VALUE_EMBED_EVERY, rope_base=ROPE_BASE, qk_gain=QK_GAIN, softcap=SOFTCAP,
-            dtype=dtype, attention="varlen" if flash else "dense" if run.device.type == "cpu" and T <= 512 else "sdpa",
-            recall=RECALL,
+            dtype=dtype, attention=attention_kernel(run.device, dtype, T), recall=RECALL,
+            memory=MEMORY if len(rest) else (), memory_slots=MEMORY_SLOTS if len(rest) else 0,
         )
         model = GPT(config).to(run.device)
         decays = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
         optimizers = build_optimizers(model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS, decays, COMPILE)
         loss_fn = torch.compile(loss_of, dynamic=False) if COMPILE else loss_of
-        num_params = sum(p.numel() for p in model.parameters())
-        run.note(depth=DEPTH, num_params=num_params, attention=config.attention)
-        run.note(flops_per_token=model.flops_per_token())
+        num_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
+        run.note(depth=DEPTH, num_params=num_params, attention=config.attention, flops_per_token=flops)
         print(f"{config}\n{num_params:,} parameters on {run.device}")
 
         set_schedules(optimizers, 0.0, WARMDOWN, FINAL_LR, MOMENTUM)
@@ -508,11 +610,17 @@ def main():
 
         batches = make_dataloader(tokenizer, micro, T, "train")
         run.start()
+        if config.memory:
+            model.lookups.memory.write(rest)
         while (progress := run.progress()) < 1:
             set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
             loss = train_step(loss_fn, model, optimizers, batches, forwards)
             run.step(loss, forwards * micro * T)
         run.score(model, tokenizer, micro)
+        torch.save(dict(config=asdict(config), weights=model.state_dict()), cache_root() / "model.pt")
+        bos = torch.full((2, 1), tokenizer.get_bos_token_id(), device=run.device)
+        for ids in sample(model, bos, 80).tolist():
+            print("it writes:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
     return run.record
 
 

@@ -1,10 +1,13 @@
 """train.py in the order of its sections; everything runs on the CPU through the functions a GPU uses."""
 
+import itertools
 import math
 import os
 import re
 import subprocess
 import sys
+import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,42 @@ def test_attend_is_masked_softmax_forward_and_backward(T, window, kernel):
         torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=1e-4)
 
 
+def hub_of_kernels(monkeypatch, get_kernel):
+    """A Hopper GPU, as far as train.py asks, and `kernels` with this get_kernel()."""
+    monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_kernel=get_kernel))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    train.flash_attention_3.cache_clear()
+
+
+def test_on_hopper_flash_attention_3_comes_from_the_hub(monkeypatch):
+    def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
+                        v_descale=None, window_size=(-1, -1), softcap=0.0):
+        left, right = window_size
+        assert causal and right == 0 and q.shape == k.shape == v.shape
+        return masked_softmax(q, k, v, left if left >= 0 else q.size(1))
+
+    def get_kernel(repo, *, revision, trust_remote_code):
+        assert re.fullmatch("[0-9a-f]{40}", revision) and trust_remote_code == [repo]
+        return types.SimpleNamespace(flash_attn_interface=types.SimpleNamespace(flash_attn_func=flash_attn_func))
+
+    hub_of_kernels(monkeypatch, get_kernel)
+    assert train.attention_kernel(torch.device("cuda"), torch.bfloat16, 2048) == "fa3"
+    q, k, v = torch.randn(3, 2, 40, 3, 16)
+    for window in (0, 7, 39, 100):
+        torch.testing.assert_close(train.attend(q, k, v, window, "fa3"), train.attend(q, k, v, window, "sdpa"))
+
+
+def test_without_the_hub_torch_has_a_kernel(monkeypatch, capsys):
+    def get_kernel(*args, **options):
+        raise ConnectionError("no route to the hub")
+
+    hub_of_kernels(monkeypatch, get_kernel)
+    assert [train.attention_kernel(torch.device("cuda"), torch.bfloat16, 2048) for _ in "ab"] == ["varlen"] * 2
+    assert capsys.readouterr().out.count("no route to the hub") == 1
+    assert train.attention_kernel(torch.device("cuda"), torch.float32, 2048) == "sdpa"
+    assert [train.attention_kernel(torch.device("cpu"), torch.bfloat16, T) for T in (512, 1024)] == ["dense", "sdpa"]
+
+
 def test_rotation_depends_on_distance_alone():
     cos, sin = train.rotary(40, 16, 10_000)
     q, k = torch.randn(16), torch.randn(16)
@@ -109,9 +148,52 @@ def test_recall_finds_what_followed_the_last_occurrence(n):
             assert found[t] == (earlier or [5])[-1]
 
 
+@pytest.mark.parametrize("vocab_size, orders", [(5, (1, 2, 3)), (2048, (2, 6)), (65_536, (3, 12)), (511, (8,))])
+def test_memory_knows_what_mostly_follows(vocab_size, orders):
+    rng, size = torch.Generator().manual_seed(0), min(14, vocab_size)
+    texts = torch.stack([torch.randperm(size, generator=rng) * (vocab_size // size) for _ in range(100)])
+    texts = texts[torch.randint(100, (300,), generator=rng)]  # no n-gram twice in a text, most of them in several
+    memory, votes = train.Memory(orders, 2**18, vocab_size), {}
+
+    def n_gram(row, at, n):
+        return tuple(row[max(0, at + 1 - n) : at + 1]), n
+
+    for row in texts.tolist():  # the same vote, the obvious way
+        memory.write(torch.tensor(row).numpy().astype("uint16"))
+        for at, n in itertools.product(range(size - 1), orders):
+            token, count = votes.get(n_gram(row, at, n), (row[at + 1], -1))
+            count += 1 if token == row[at + 1] else -1
+            votes[n_gram(row, at, n)] = (token, min(count, 7)) if count >= 0 else (row[at + 1], 0)
+    assert {count for _, count in votes.values()} >= {0, 1, 2}
+    for n, (tokens, counts) in zip(orders, memory.read(texts[:, :-1]), strict=True):
+        expected = [[votes[n_gram(row, at, n)] for at in range(size - 1)] for row in texts.tolist()]
+        wrong = torch.stack([tokens, counts], -1) != torch.tensor(expected)
+        assert wrong.float().mean() < 0.01, "but for places taken by others"
+
+
+def test_memory_loses_no_more_than_chance_would():
+    text = torch.randint(100, (5_000,), generator=torch.Generator().manual_seed(1))
+    memory = train.Memory((3, 9), 2**16, 100)
+    memory.write(text.numpy().astype("uint16"))
+    for n, (tokens, _) in zip((3, 9), memory.read(text[None, :-1]), strict=True):
+        assert (tokens[0, n:] == text[n + 1 :]).float().mean() > 0.95  # half of those that share a place: 0.963
+    strange = torch.randint(100, (1, 5_000), generator=torch.Generator().manual_seed(2))
+    (short, _), (long, _) = memory.read(strange)
+    assert (long == 100).all() and (short == 100).float().mean() > 0.9
+
+
+def test_memory_goes_by_the_majority():
+    memory = train.Memory((1,), 2**10, 10)
+    for follower in (1, 2, 1, 1, 3, 1):
+        memory.write(torch.tensor([0, follower]).numpy().astype("uint16"))
+    assert Counter(int(tokens) for tokens, _ in memory.read(torch.tensor([[0]]))) == {1: 1}
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "dense"])
-def test_recall_sees_neither_the_future_nor_other_rows(attention):
-    model = wake(tiny_gpt(recall=(1, 2, 3), attention=attention))
+def test_lookups_see_neither_the_future_nor_other_rows(attention):
+    model = tiny_gpt(recall=(1, 2, 3), memory=(1, 2, 3), memory_slots=2**10, attention=attention)
+    model.lookups.memory.write(torch.randint(6, (500,)).numpy().astype("uint16"))
+    wake(model)
     ids = torch.randint(6, (1, 24))
     before = model(ids)
     for at in range(1, 24):
@@ -121,13 +203,15 @@ def test_recall_sees_neither_the_future_nor_other_rows(attention):
     torch.testing.assert_close(before, model(torch.cat([ids, ids.roll(3, 1)]))[:1])
 
 
-def test_recall_is_learned():
-    model = tiny_gpt(recall=(1, 2))
+def test_lookups_are_learned():
+    model = tiny_gpt(recall=(1, 2), memory=(1,), memory_slots=2**10)
+    model.lookups.memory.write(torch.arange(50).repeat(3).numpy().astype("uint16"))
     optimizers = optimizers_of(model)
-    batches = iter(made_up_batches(model, 4, 3))
-    for _ in range(3):
-        train.train_step(train.loss_of, model, optimizers, batches, 1)
-    assert all(p.abs().max() > 0 for p in (*model.recall_embeds.parameters(), model.recall_gate.weight))
+    for x, y, _ in made_up_batches(model, 4, 3):
+        train.train_step(train.loss_of, model, optimizers, iter([(x % 6, y % 6, 1)]), 1)
+    changed = model.lookups.embeds.weight.abs().amax(1) > 0
+    assert [bool(part.any()) for part in changed.split([51, 51, 51, train.Memory.COUNTS])] == [True] * 4
+    assert (model.lookups.gate.weight.abs().amax(1) > 0).all()
 
 
 def test_a_short_window_forgets():
@@ -237,6 +321,19 @@ def test_schedules_set_the_groups(progress, lr, momentum, decay):
     assert adamw.param_groups[0]["weight_decay"] == 0.0005
 
 
+# Sample
+
+
+def test_a_sample_goes_on_as_the_model_has_learnt():
+    model = tiny_gpt(recall=(1,))
+    optimizers = optimizers_of(model)
+    rows = torch.stack([torch.arange(25) + start for start in range(7)]) % 7
+    for _ in range(40):
+        train.train_step(train.loss_of, model, optimizers, iter([(rows[:, :-1], rows[:, 1:], 1)]), 1)
+    written = train.sample(model, torch.tensor([[3], [5]]), 15, temperature=0.1)
+    assert written.tolist() == [[(start + i) % 7 for i in range(16)] for start in (3, 5)]
+
+
 # Training
 
 
@@ -314,6 +411,16 @@ def test_one_experiment_from_start_to_report(toy):
     assert 0 < float(report["val_bpb"]) < 4
     assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.2
     assert "\r" not in first.stdout
+    assert first.stdout.count("\nit writes:\n    ") == 2
+    saved = torch.load(prepare.cache_root() / "model.pt")
+    model = train.GPT(train.GPTConfig(**saved["config"]))
+    untrained = train.loss_of(model, *rows_to_validate())
+    model.load_state_dict(saved["weights"])
+    assert train.loss_of(model, *rows_to_validate()) < untrained - 1
+
+
+def rows_to_validate():
+    return referee.prepared_rows()[:4, :-1], referee.prepared_rows()[:4, 1:]
 
 
 @pytest.fixture
@@ -344,6 +451,19 @@ def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, caps
 def test_constants_set_from_outside_are_obeyed(small_main, capsys):
     assert small_main()["depth"] == 2
     assert "a step: 1 x 4 rows of 256 tokens" in capsys.readouterr().out
+
+
+def test_the_rest_of_the_text_goes_to_the_memory(small_main, monkeypatch, capsys):
+    for name, value in dict(MEMORY=(2, 3), MEMORY_SLOTS=2**16, TRAIN_ON=50_000).items():
+        monkeypatch.setattr(train, name, value)
+    assert small_main()["status"] == "ok"
+    saved = torch.load(prepare.cache_root() / "model.pt")
+    table = saved["weights"]["lookups.memory.table"]
+    assert table.shape == (2, 2**16) and (table != 0).float().mean() > 0.1
+    monkeypatch.setattr(train, "TRAIN_ON", 2**24)  # more than there is
+    small_main()
+    saved = torch.load(prepare.cache_root() / "model.pt")
+    assert saved["config"]["memory"] == () and saved["config"]["memory_slots"] == 0
 
 
 @pytest.mark.parametrize("name, value, low", [("AUTORESEARCH_TIME_BUDGET", "soon", 1), ("AUTORESEARCH_SEED", "1.5", 0),
