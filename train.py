@@ -39,15 +39,16 @@ SHORT_WINDOW = 256  # tokens before itself that a token of an S layer sees
 VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 0: none
 RECALL = ()  # (1, 2, 3): look up what followed the last 1, 2, 3 tokens earlier in the row; (): not yet tried on a GPU
 MEMORY = ()  # (2, 3, 6): look up what mostly follows the last 2, 3, 6 tokens in the training text; as RECALL
-MEMORY_SLOTS = 2**24  # n-grams of each length that it has room for, 4 bytes each
-TRAIN_ON = 2**29  # tokens, the first of the text, that the memory does not read: more than a run trains on
+MEMORY_SLOTS = 2**24  # n-grams of each length that it has room for at most, 4 bytes each
+MEMORY_FROM = 1.5  # it reads from so many times the text on that this run trains on; nothing of a small corpus
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at all
 
-# Batch
+# Batch and speed
 TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows; 2**19 has too few steps
 DEVICE_BATCH = 64  # rows of a forward at most: about 34 GB; halved by itself when out of memory, so 24 GB have 32
+COMPILE = True  # torch.compile for the training step
 
 # Optimizer: learning rates hold at width 768, those of AdamW's matrices scale with (N_EMBD / 768)^-0.5
 MATRIX_LR = 0.04  # Muon
@@ -63,20 +64,17 @@ MOMENTUM = (0.85, 0.92, 0.05)  # of Muon: from, to, over this share of the run
 WARMDOWN = 0.8  # the last part of the run, in which learning rates fall linearly
 FINAL_LR = 0.04  # share of the learning rate left at the end; good from 0.03 to 0.05
 
-# Speed
-COMPILE = True  # torch.compile for the training step
-
 if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores with rows of 256 or 512 tokens
     DEPTH = 2  # tried 3: +0.016
-    N_EMBD = 128  # tried 192: 1.6 times the time of a step
+    N_EMBD = 128  # tried 192: +0.019
     HEAD_DIM = 64  # tried 128: equal
     RECALL = (1, 2, 3)  # tried none: far worse; 4 and 6 beside: little
     MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.15; (2, 3, 4, 6): +0.025; 16 beside: equal
-    TRAIN_ON = 2**24  # tried 2**25: +0.012; a run on two cores comes to 12 M
+    MEMORY_FROM = 1.5  # tried 0.35: +0.08; 2.7: +0.012
     EMBED_LR = 0.2  # tried 0.4, 0.8: worse
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     WINDOW_PATTERN = "L"
-    TOTAL_BATCH = 2**11  # tried 2**9, 2**10: worse
+    TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     SOFTCAP = 0.0
     COMPILE = False  # a minute of compiling costs more patience than it brings
 
@@ -546,15 +544,18 @@ def train_step(loss_fn, model, optimizers, batches, forwards):
 
 
 def warm_up(loss_fn, model, optimizers, rows, at_most, device):
-    """Compile and try the step on made-up batches, then put everything back; returns split_batch() of what fits."""
+    """Compile and try the step on made-up batches, undo it, and return split_batch() of what fits and its seconds."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     while True:
         micro, forwards = split_batch(rows, at_most)
         try:
             with torch.random.fork_rng():
                 made_up = torch.randint(model.config.vocab_size, (micro, model.config.sequence_len), device=device)
-                for _ in range(2):
-                    train_step(loss_fn, model, optimizers, iter([(made_up, made_up, 1)] * forwards), forwards)
+                seconds = []  # the first compiles
+                for _ in range(3):
+                    begun = time.perf_counter()
+                    float(train_step(loss_fn, model, optimizers, iter([(made_up, made_up, 1)] * forwards), forwards))
+                    seconds.append(time.perf_counter() - begun)
             break
         except torch.OutOfMemoryError:
             if micro == 1:
@@ -566,7 +567,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
             for optimizer in optimizers:
                 optimizer.state.clear()
                 optimizer.zero_grad(set_to_none=True)
-    return micro, forwards
+    return micro, forwards, min(seconds)
 
 
 @torch.no_grad()
@@ -585,13 +586,12 @@ def main():
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
         tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
-        rest = TokenStore(current_folder() / "train").tokens[TRAIN_ON:]
         config = GPTConfig(
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD, head_dim=HEAD_DIM,
             mlp_ratio=MLP_RATIO, windows=layer_windows(WINDOW_PATTERN, DEPTH, SHORT_WINDOW, T),
             value_embed_every=VALUE_EMBED_EVERY, rope_base=ROPE_BASE, qk_gain=QK_GAIN, softcap=SOFTCAP,
             dtype=dtype, attention=attention_kernel(run.device, dtype, T), recall=RECALL,
-            memory=MEMORY if len(rest) else (), memory_slots=MEMORY_SLOTS if len(rest) else 0,
+            memory=MEMORY, memory_slots=min(MEMORY_SLOTS, 2 ** run.data["train_tokens"].bit_length()),
         )
         model = GPT(config).to(run.device)
         decays = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
@@ -603,15 +603,16 @@ def main():
 
         set_schedules(optimizers, 0.0, WARMDOWN, FINAL_LR, MOMENTUM)
         rows = max(1, round(TOTAL_BATCH / T))
-        begun = time.perf_counter()
-        micro, forwards = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
-        run.note(warm_up_seconds=time.perf_counter() - begun, rows=micro, forwards=forwards, shape=str(config))
+        micro, forwards, seconds = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
+        run.note(step_seconds=seconds, rows=micro, forwards=forwards, shape=str(config))
         print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
         batches = make_dataloader(tokenizer, micro, T, "train")
         run.start()
-        if config.memory:
-            model.lookups.memory.write(rest)
+        if MEMORY:
+            store, rows_to_come = TokenStore(current_folder() / "train"), run.budget / seconds * forwards * micro
+            length = max(T, len(store.tokens) / len(store.starts))  # of text for a row: the loader drops ends
+            model.lookups.memory.write(store.tokens[int(MEMORY_FROM * rows_to_come * length) :])
         while (progress := run.progress()) < 1:
             set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
             loss = train_step(loss_fn, model, optimizers, batches, forwards)

@@ -122,15 +122,16 @@ def bench_prepare(root):
     print(f"{'':<12} {slope:.3f} s a MB more: 2,500 MB in {seconds[-1] + slope * (2_500 - sizes[-1]):.0f} s")
 
 
-def experiment(folder, changes, cache, seconds, fresh):
+def experiment(folder, changes, cache, seconds, i):
     """The report of the train.py in `folder`, run in a process: {key: number or text}, `outside` its other seconds.
 
-    `changes` are constants to set before; `fresh`: with no compiled code kept from a run before.
+    `changes` are constants to set before. Run i has seed 42 + i; the first has no compiled code from a run before.
     """
     env = dict(AUTORESEARCH_TIME_BUDGET=str(seconds), AUTORESEARCH_CACHE=str(cache), PYTHONPATH=str(folder))
+    env["AUTORESEARCH_SEED"] = str(42 + i)
     script = ["-c", f"import train; vars(train).update({changes}); train.main()"] if changes else ["train.py"]
     with tempfile.TemporaryDirectory() as compiled:
-        env = os.environ | env | (dict(TORCHINDUCTOR_CACHE_DIR=compiled) if fresh else {})
+        env = os.environ | env | ({} if i else dict(TORCHINDUCTOR_CACHE_DIR=compiled))
         begun = time.perf_counter()
         run = subprocess.run([sys.executable, *script], cwd=folder, env=env, capture_output=True, text=True)
         wall = time.perf_counter() - begun
@@ -165,7 +166,7 @@ def bench_train(against, cache, seconds, n):
 
         for i in range(n):
             for name, what in rows.items():
-                seen[name].append(experiment(*what, seconds, fresh=i == 0))
+                seen[name].append(experiment(*what, seconds, i))
                 row(f"{name}, {i + 1}", seen[name][-1])
         means = {name: {c: statistics.mean(r[c] for r in reports) for c in columns if c in reports[0]}
                  for name, reports in seen.items()}
