@@ -70,7 +70,7 @@ if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores wit
     HEAD_DIM = 64  # tried 128: equal
     RECALL = (1, 2, 3)  # tried none: far worse; 4 and 6 beside: little
     MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.15; (2, 3, 4, 6): +0.025; 16 beside: equal
-    MEMORY_FROM = 1.5  # tried 0.35: +0.08; 2.7: +0.012
+    MEMORY_FROM = 1.2  # tried 0.3: +0.08; 1.5: +0.005; 2.5: +0.015
     EMBED_LR = 0.2  # tried 0.4, 0.8: worse
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     WINDOW_PATTERN = "L"

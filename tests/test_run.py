@@ -387,7 +387,7 @@ def test_on_the_branch_of_program_md_git_does_not_touch_the_log(lab):
     subprocess.run(["bash", "-euc", setup], cwd=lab.repository, check=True, capture_output=True,
                    env=os.environ | {f"GIT_{who}_{what}": "t" for who in ("AUTHOR", "COMMITTER")
                                      for what in ("NAME", "EMAIL")})
-    assert lab.git("branch", "--show-current") == "autoresearch/nov1" and lab.results() == []
+    assert lab.git("branch", "--show-current") == "autoresearch/nov1"
     for waste in (9.0, 9.5):
         lab.set_waste(waste)
         lab.git("commit", "-q", "-m", f"try {waste}", "train.py")
