@@ -184,26 +184,30 @@ def whole_lines(path):
     return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
-def results(repository, branch):
-    """The lines of results.tsv and, after them, those that git took out of it: the journal has every row."""
-    lines = whole_lines(REPOSITORY / "results.tsv") or [HEADER]
-    missing = Counter()
+def journal(like):
+    """The runs of the repository and the branch of the record `like` so far."""
     for line in whole_lines(cache_root() / "runs.jsonl"):
         try:
             record = json.loads(line) if line.endswith("}") else {}
         except ValueError:  # half a line
             continue
-        if record.get("row") and (record.get("repository"), record.get("branch")) == (repository, branch):
-            missing[record["row"]] += 1
+        if (record.get("repository"), record.get("branch")) == (like["repository"], like["branch"]):
+            yield record
+
+
+def results(records):
+    """The lines of results.tsv and, after them, those that git took out of it: the journal has every row."""
+    lines = whole_lines(REPOSITORY / "results.tsv") or [HEADER]
+    missing = Counter(record["row"] for record in records if record.get("row"))
     missing.subtract(lines)
     return lines + [row for row, count in missing.items() for _ in range(count)]
 
 
-def best_kept(lines):
-    """The lowest val_bpb among the kept rows of results.tsv, inf without any."""
+def best_kept(lines, history):
+    """The lowest val_bpb among the kept rows of results.tsv whose commits are in `history`, inf without any."""
     rows = map(str.split, lines)
-    return min((float(row[1]) for row in rows if row[3:4] == ["keep"] and re.fullmatch(r"\d+\.\d+", row[1])),
-               default=math.inf)
+    return min((float(row[1]) for row in rows if row[3:4] == ["keep"] and re.fullmatch(r"\d+\.\d+", row[1])
+                and row[0] in history), default=math.inf)
 
 
 # === 3. Run: clock, watcher, lock and report ==========================================================================
@@ -434,8 +438,9 @@ class Run:
         r = self.record
         r |= dict(error=" ".join(r["error"].split())[:500], total_seconds=time.monotonic() - OPENED)
         logged = r["standard"] and r["device"] != "n/a"  # which it is before the run has the device
-        lines = results(r["repository"], r["branch"])
-        best = best_kept(lines)
+        records, history = [*journal(r)], git("log", "--format=%h", "--abbrev=7").split() or ["none"]
+        lines = results(records)  # a commit that was taken back is not in the history, and no mark to beat
+        best = best_kept(lines, history)
         verdict = "crash"
         if r["status"] == "ok":
             verdict = "keep" if round(r["val_bpb"], 6) < best else "discard"
@@ -454,6 +459,10 @@ class Run:
         if not logged:
             why = "no device" if r["standard"] else "AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set"
             verdict = f"none: {why}, so not in results.tsv"
+            like = [old for old in records if old["status"] == "ok" and old["commit"] in history
+                    and all(old[key] == r[key] for key in ("seed", "time_budget", "data"))]
+            if like:
+                verdict += f"; the last such run of kept code: {like[-1]['val_bpb']:.6f} ({like[-1]['commit']})"
         rate = r["total_tokens"] / r["training_seconds"] if r["training_seconds"] else 0.0
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
         block = dict(

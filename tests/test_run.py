@@ -291,6 +291,10 @@ def test_a_non_standard_run_is_in_the_journal_alone(lab, env):
     [record] = lab.journal()
     assert (record["standard"], record["seed"]) == (False, int(env.get("AUTORESEARCH_SEED", 42)))
     assert "row" not in record and lab.results() == []
+    lab.commit("another")
+    again = lab.experiment(**env)["verdict"]
+    assert again.endswith(f"; the last such run of kept code: {block['val_bpb']} ({block['commit']})")
+    assert "such run" not in block["verdict"] + lab.experiment(AUTORESEARCH_SEED="8")["verdict"]
 
 
 def test_rows_and_verdicts_agree(lab):
@@ -305,6 +309,19 @@ def test_rows_and_verdicts_agree(lab):
         expected.append([hash, block["val_bpb"], "0.0", status, "tabs and lines of cafés"])
         assert lab.results() == expected and lab.journal()[-1]["row"] == "\t".join(expected[-1])
         assert lab.journal()[-1]["constants"] == dict(WASTE=waste)
+
+
+def test_a_commit_taken_back_is_no_mark_to_beat(lab):
+    verdicts = []
+    for waste, keep in ((6, True), (4, False), (5, True), (5.5, True)):
+        lab.set_waste(waste)
+        lab.commit(f"try {waste}")
+        verdicts.append(lab.experiment()["verdict"])
+        if not keep:
+            lab.git("reset", "-q", "--hard", "HEAD~1")
+    first, _, third = (row[1] for row in lab.results() if row[3] == "keep")
+    best = [f"best was {first}"] * 2 + [f"best was {third}"]
+    assert verdicts == ["keep (first)", *(f"{s} ({b})" for s, b in zip(["keep", "keep", "discard"], best, strict=True))]
 
 
 @pytest.mark.parametrize("name, mark", [("train.py", "+"), ("prepare.py", "+"), ("referee.py", "+"), ("README.md", "")])
