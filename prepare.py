@@ -36,7 +36,7 @@ from tqdm import tqdm
 # writes: nothing of its own
 # used by: every room, referee.py, train.py
 
-FORMAT = 1  # of the cache; another number means: prepare again
+FORMAT = 2  # of the cache; another number means: prepare again
 SCALES = {  # full wants a GPU, small is for a CPU; train.py has a group of constants for each
     "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
@@ -339,7 +339,7 @@ def records(path):
 def text_groups(files, held_out, limit=None):
     """Lists of the documents of `files`, of the validation split or the training split.
 
-    Held out are whole files, of fewer than 50 single documents, by a digest: copies fall on the same side.
+    Held out, by a digest, are whole files, or documents where files are fewer than 50: copies fall on the same side.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 

@@ -4,7 +4,8 @@ The player of autoresearch: a GPT trained with Muon and AdamW for five minutes o
     uv run train.py > run.log 2>&1
 
 It trains on the data prepared last, for exactly the time budget, and ends with the report of referee.py, whose first
-line is val_bpb: validation bits per byte, lower is better.
+line is val_bpb: validation bits per byte, lower is better. Two texts that the model writes stand before it; the weights
+are in the cache, as model.pt.
 
 Sections, in the order they are used: constants, model, optimizer, schedules, training.
 """
@@ -14,9 +15,9 @@ import functools
 import math
 import os
 import sys
-import time
 import timeit
 from dataclasses import asdict, dataclass
+from itertools import islice
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import SCALE, Tokenizer, TokenStore, cache_root, current_folder, make_dataloader
+from prepare import SCALE, Tokenizer, TokenStore, cache_root, current_folder, make_dataloader, pack_rows
 from referee import Run
 
 # === Constants, read by main() alone. Edit a line, commit, run ========================================================
@@ -37,17 +38,17 @@ MLP_RATIO = 4  # hidden width of the MLP / N_EMBD
 WINDOW_PATTERN = "SSSL"  # attention of the layers in turn, S short, L all of the past; the last layer is always L
 SHORT_WINDOW = 256  # tokens before itself that a token of an S layer sees
 VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 0: none
-RECALL = ()  # (1, 2, 3): look up what followed the last 1, 2, 3 tokens earlier in the row; (): not yet tried on a GPU
-MEMORY = ()  # (2, 3, 6): look up what mostly follows the last 2, 3, 6 tokens in the training text; as RECALL
-MEMORY_SLOTS = 2**24  # n-grams of each length that it has room for at most, 4 bytes each
-MEMORY_FROM = 1.5  # it reads from so many times the text on that this run trains on; nothing of a small corpus
+RECALL = ()  # lengths of n-grams, as (1, 2, 3): look up what followed them earlier in the row; not tried on a GPU
+MEMORY = ()  # lengths of n-grams: look up what mostly follows them in the rest of the text; not tried on a GPU
+MEMORY_SLOTS = 2**24  # n-grams of each length at most, 4 bytes each: 470 MB with seven lengths
+TRAIN_ROWS = 2**14  # with MEMORY the model trains on so many rows: on those of the rest it would learn blind trust
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at all
 
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows; 2**19 has too few steps
-DEVICE_BATCH = 64  # rows of a forward at most: about 34 GB; halved by itself when out of memory, so 24 GB have 32
+DEVICE_BATCH = 64  # rows of a forward at most: about 34 GB; halved by itself when out of memory
 COMPILE = True  # torch.compile for the training step
 
 # Optimizer: learning rates hold at width 768, those of AdamW's matrices scale with (N_EMBD / 768)^-0.5
@@ -69,14 +70,13 @@ if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores wit
     N_EMBD = 128  # tried 192: +0.019
     HEAD_DIM = 64  # tried 128: equal
     RECALL = (1, 2, 3)  # tried none: far worse; 4 and 6 beside: little
-    MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.15; (2, 3, 4, 6): +0.025; 16 beside: equal
-    MEMORY_FROM = 1.2  # tried 0.3: +0.08; 1.5: +0.005; 2.5: +0.015
+    MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.17; (2, 3, 4, 6): +0.025; 16 beside: equal
     EMBED_LR = 0.2  # tried 0.4, 0.8: worse
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     WINDOW_PATTERN = "L"
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     SOFTCAP = 0.0
-    COMPILE = False  # a minute of compiling costs more patience than it brings
+    COMPILE = False  # compiling takes a minute before each run
 
 # === Model ============================================================================================================
 
@@ -102,13 +102,8 @@ class GPTConfig:
     memory: tuple = ()
     memory_slots: int = 0
 
-    @property
-    def n_head(self):
-        return self.n_embd // self.head_dim
-
     def has_value_embed(self, layer):
-        every = self.value_embed_every
-        return every > 0 and (layer % every == 0 or layer == self.n_layer - 1)
+        return self.value_embed_every > 0 and (layer % self.value_embed_every == 0 or layer == self.n_layer - 1)
 
 
 def layer_windows(pattern, n_layer, short_window, sequence_len):
@@ -151,8 +146,8 @@ def attend(q, k, v, window, kernel):
     """Causal attention in which a token sees itself and `window` tokens before it: (B, T, H, D) -> (B, T, H, D)."""
     B, T, H, D = q.shape
     full = window >= T - 1
-    if kernel == "fa3":
-        return flash_attention_3()(q, k, v, causal=True, window_size=(-1 if full else window, 0))
+    if callable(kernel):  # FlashAttention-3
+        return kernel(q, k, v, causal=True, window_size=(-1 if full else window, 0))
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
@@ -246,9 +241,10 @@ class Memory(nn.Module):
         """(tokens, counts), (B, T) each, for each of `orders`; vocab_size and 0 where the n-gram is not known."""
         for table, n in zip(self.table, self.orders, strict=True):
             slot, check = self.places(idx, n)
-            entry, count = table[slot].long() // self.COUNTS, table[slot].long() % self.COUNTS
-            known = entry // self.vocab_size == check
-            yield (entry % self.vocab_size).where(known, self.vocab_size), count.where(known, 0)
+            entry = table[slot].long()
+            known = entry // (self.COUNTS * self.vocab_size) == check
+            tokens, counts = entry // self.COUNTS % self.vocab_size, entry % self.COUNTS
+            yield tokens.where(known, self.vocab_size), counts.where(known, 0)
 
 
 class Linear(nn.Linear):
@@ -292,19 +288,21 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.window = config, config.windows[layer]
+        self.kernel = flash_attention_3() if config.attention == "fa3" else config.attention
         self.c_qkv = nn.Parameter(torch.empty(3, config.n_embd, config.n_embd))  # queries, keys, values: one matmul
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        self.ve_gate = Linear(self.GATE_CHANNELS, config.n_head) if config.has_value_embed(layer) else None
+        heads = config.n_embd // config.head_dim
+        self.ve_gate = Linear(self.GATE_CHANNELS, heads) if config.has_value_embed(layer) else None
 
     def forward(self, x, value_embed, cos, sin):
         B, T, C = x.shape
         c = self.config
-        q, k, v = F.linear(x, self.c_qkv.flatten(0, 1).to(x.dtype)).view(B, T, 3, c.n_head, c.head_dim).unbind(2)
+        q, k, v = F.linear(x, self.c_qkv.flatten(0, 1).to(x.dtype)).view(B, T, 3, -1, c.head_dim).unbind(2)
         if value_embed is not None:  # value residual, gated per head; the gate starts at 1
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.GATE_CHANNELS]))
-            v = v + gate[..., None] * value_embed.view(B, T, c.n_head, c.head_dim)
+            v = v + gate[..., None] * value_embed.view(B, T, -1, c.head_dim)
         q, k = (rotate(norm(x) * c.qk_gain, cos, sin) for x in (q, k))
-        return self.c_proj(attend(q, k, v, self.window, c.attention).reshape(B, T, C))
+        return self.c_proj(attend(q, k, v, self.window, self.kernel).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -357,9 +355,8 @@ class GPT(nn.Module):
         self.lm_head.weight.normal_(std=0.001)
         for embed in self.value_embeds.values():
             embed.weight.uniform_(-bound, bound)
-        if self.lookups is not None:
-            self.lookups.embeds.weight.zero_()
-            self.lookups.gate.weight.zero_()
+        for zero in self.lookups.parameters() if self.lookups else ():
+            zero.zero_()
         for block in self.blocks:
             block.attn.c_qkv.uniform_(-bound, bound)
             block.mlp.c_fc.weight.uniform_(-bound, bound)
@@ -373,7 +370,7 @@ class GPT(nn.Module):
             raise ValueError(f"a row of {T} tokens is longer than sequence_len {c.sequence_len}")
         cos, sin = self.cos[:T], self.sin[:T]
         x = self.wte(idx)
-        if self.lookups is not None:
+        if self.lookups:
             found, embedding = self.lookups(idx)
             x = x + embedding
         x = x0 = norm(x.to(c.dtype))
@@ -382,7 +379,7 @@ class GPT(nn.Module):
             x = block(x, self.value_embeds[str(i)](idx).to(c.dtype) if c.has_value_embed(i) else None, cos, sin)
         x = norm(x)
         logits = self.lm_head(x).float()
-        if self.lookups is not None:
+        if self.lookups:
             logits = self.lookups.add_bonus(logits, x, found)
         return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
@@ -398,7 +395,6 @@ def loss_of(model, idx, targets):
 
 
 # === Optimizer ========================================================================================================
-
 
 # Polar Express (arXiv 2505.16932): the best quintic of each of five iterations, for singular values from 1e-3 up
 POLAR_EXPRESS = [
@@ -457,10 +453,9 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     """
     size = (model.config.n_embd / 768) ** -0.5
     embed_decay, value_decay, head_decay, matrix_decay = decays
-    tables, heads = [*model.value_embeds.parameters()], [model.lm_head.weight]
-    if model.lookups is not None:
-        tables.append(model.lookups.embeds.weight)
-        heads.append(model.lookups.gate.weight)
+    tables, heads, lookups = [*model.value_embeds.parameters()], [model.lm_head.weight], model.lookups
+    if lookups:
+        tables, heads = [*tables, lookups.embeds.weight], [*heads, lookups.gate.weight]
     shapes = {}
     for p in model.blocks.parameters():
         shapes.setdefault(p.shape, []).append(p)
@@ -471,7 +466,6 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
         dict(params=[model.resid_lambdas], lr=resid_lr, weight_decay=0.0),
         dict(params=[model.x0_lambdas], lr=x0_lr, weight_decay=0.0, betas=(0.96, 0.95)),
     ]
-    adamw_groups = [group for group in adamw_groups if group["params"]]
     muon_groups = [dict(params=params, lr=matrix_lr, weight_decay=matrix_decay) for params in shapes.values()]
     grouped = [id(p) for group in adamw_groups + muon_groups for p in group["params"]]
     left_out = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
@@ -516,7 +510,7 @@ def fast_dtype(device):
     return torch.bfloat16 if bf16 < 0.8 * fp32 else torch.float32
 
 
-def keep_memory():
+def keep_freed_blocks():
     """Have the C library keep freed blocks of any size: on a CPU, fetching them anew took a quarter of a step."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -527,6 +521,18 @@ def split_batch(rows, at_most):
     """(rows of a forward, forwards of a step) that make `rows` or a few more with forwards of `at_most` rows."""
     forwards = math.ceil(rows / at_most)
     return math.ceil(rows / forwards), forwards
+
+
+def first_rows(tokenizer, B, T, rows):
+    """Training batches for ever, of the first `rows` rows again and again; None: of all."""
+    while True:
+        yield from islice(make_dataloader(tokenizer, B, T, "train"), rows and max(1, rows // B))
+
+
+def tokens_after(rows, T):
+    """The text that first_rows() leaves out, an array of tokens."""
+    store = TokenStore(current_folder() / "train")
+    return store.tokens[max(stop for row in islice(pack_rows(store.batches(), T + 1), rows) for _, stop in row) :]
 
 
 def train_step(loss_fn, model, optimizers, batches, forwards):
@@ -544,18 +550,15 @@ def train_step(loss_fn, model, optimizers, batches, forwards):
 
 
 def warm_up(loss_fn, model, optimizers, rows, at_most, device):
-    """Compile and try the step on made-up batches, undo it, and return split_batch() of what fits and its seconds."""
+    """Compile and try the step on made-up batches, then put everything back; returns split_batch() of what fits."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     while True:
         micro, forwards = split_batch(rows, at_most)
         try:
             with torch.random.fork_rng():
                 made_up = torch.randint(model.config.vocab_size, (micro, model.config.sequence_len), device=device)
-                seconds = []  # the first compiles
-                for _ in range(3):
-                    begun = time.perf_counter()
-                    float(train_step(loss_fn, model, optimizers, iter([(made_up, made_up, 1)] * forwards), forwards))
-                    seconds.append(time.perf_counter() - begun)
+                for _ in range(2):
+                    train_step(loss_fn, model, optimizers, iter([(made_up, made_up, 1)] * forwards), forwards)
             break
         except torch.OutOfMemoryError:
             if micro == 1:
@@ -567,7 +570,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
             for optimizer in optimizers:
                 optimizer.state.clear()
                 optimizer.zero_grad(set_to_none=True)
-    return micro, forwards, min(seconds)
+    return micro, forwards
 
 
 @torch.no_grad()
@@ -582,7 +585,7 @@ def sample(model, idx, count, temperature=0.8):
 
 def main():
     with Run(globals()) as run:
-        keep_memory()
+        keep_freed_blocks()
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
         tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
@@ -603,16 +606,14 @@ def main():
 
         set_schedules(optimizers, 0.0, WARMDOWN, FINAL_LR, MOMENTUM)
         rows = max(1, round(TOTAL_BATCH / T))
-        micro, forwards, seconds = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
-        run.note(step_seconds=seconds, rows=micro, forwards=forwards, shape=str(config))
+        micro, forwards = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
+        run.note(rows=micro, forwards=forwards, shape=str(config))
         print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
-        batches = make_dataloader(tokenizer, micro, T, "train")
+        batches = first_rows(tokenizer, micro, T, TRAIN_ROWS if MEMORY else None)
         run.start()
         if MEMORY:
-            store, rows_to_come = TokenStore(current_folder() / "train"), run.budget / seconds * forwards * micro
-            length = max(T, len(store.tokens) / len(store.starts))  # of text for a row: the loader drops ends
-            model.lookups.memory.write(store.tokens[int(MEMORY_FROM * rows_to_come * length) :])
+            model.lookups.memory.write(tokens_after(TRAIN_ROWS, T))
         while (progress := run.progress()) < 1:
             set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
             loss = train_step(loss_fn, model, optimizers, batches, forwards)

@@ -186,13 +186,13 @@ def main():
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if args.what == "train":
-        bench_train(args.against, args.cache, args.seconds, args.n)
+        return bench_train(args.against, args.cache, args.seconds, args.n)
     with tempfile.TemporaryDirectory(prefix="autoresearch-bench-") as root:
         if args.what == "loader":
             shards = prepare_corpus(Path(root))
             print(f"\nB {B}, T {T}, n = {REPETITIONS}\n{'':<22} {'':<13} {'median':>14} {'min':>14} {'max':>14}")
             bench_loader(shards)
-        if args.what == "prepare":
+        else:
             bench_prepare(Path(root))
 
 
