@@ -1,14 +1,16 @@
 """What the files promise each other."""
 
+import json
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, PROGRAM = (ROOT / "README.md").read_text(), (ROOT / "program.md").read_text()
 
 
 def test_ci_runs_the_command_of_the_readme():
@@ -38,5 +40,17 @@ def test_dependencies_are_pinned_exactly():
 
 
 def test_options_in_the_readme_exist():
-    run = subprocess.run([sys.executable, ROOT / "prepare.py", "--help"], capture_output=True, text=True)
-    assert {*re.findall(r"(--[a-z][a-z-]+)", README)} <= {*re.findall(r"--[a-z-]+", run.stdout)}
+    scripts = (ROOT / "prepare.py", ROOT / "tests/bench.py")
+    offered = [subprocess.check_output([sys.executable, script, "--help"], text=True) for script in scripts]
+    ours = re.sub(r"```bash\n(?:claude|codex)[\s\S]*?```", "", README)
+    assert {*re.findall(r"(--[a-z][a-z-]+)", ours)} <= {*re.findall(r"--[a-z-]+", "".join(offered))}
+
+
+def test_settings_let_the_agent_edit_the_player_and_run_the_loop():
+    rules = json.loads((ROOT / ".claude/settings.json").read_text())["permissions"]
+    assert [rule for rule in rules["allow"] if not rule.startswith("Bash(")] == ["Edit(/train.py)"]
+    patterns = [rule[5:-1] for rule in rules["allow"] if rule.startswith("Bash(")]
+    commands = re.findall(r"(?:^ +|`)((?:git|uv|echo|tail|cat|AUTORESEARCH_\w+=)\b[^`\n]*)", PROGRAM, re.M)
+    parts = [part for command in commands if " " in command for part in command.split(" && ")]
+    refused = [part for part in parts if not any(fnmatch(f"{part} ", f"{pattern}*") for pattern in patterns)]
+    assert len(parts) > 12 and [part[:16] for part in refused] == ["git worktree add"]  # a human's part
