@@ -62,13 +62,16 @@ def probe(cost, inputs, others, nats=None):
     nats = cost(inputs) if nats is None else nats
     change = (mixed - nats) * seen
     if not float(change.abs().max()) <= ONE_CHANGE:  # or it is nan
-        noise, neighbours = float((cost(inputs) - nats).abs().max()), float((change * (kept == T)).abs().max())
+        row, at = divmod(int(change.abs().argmax()), T)
+        noise = float((cost(inputs) - nats).abs().max())
+        among_others = others.clone()
+        among_others[row] = inputs[row]
+        neighbours = float((cost(among_others) - nats)[row].abs().max())
         if noise > ONE_CHANGE:
             raise Refused(f"two forwards of the same input differ by {noise:.2g} nats: logits must not be random, nor "
                           "remember what was scored")
         if neighbours > ONE_CHANGE:
             raise Refused("the logits of a row depend on the other rows of the batch, or on earlier ones")
-        row, at = divmod(int(change.abs().argmax()), T)
         raise Refused(f"the model sees the future: tokens from position {lengths[row]} on change what the target of "
                       f"position {at} costs by {float(change[row, at]):.2g} nats")
     return nats, change.gather(1, kept - 1)
