@@ -397,7 +397,7 @@ class Run:
         elif status == "ok" and self.record["val_bpb"] is None:
             status, reason = "crash", "the run ended without a score"
         if status in ("crash", "oom") and self.record["val_bpb"] is not None:
-            status = "ok"  # the score holds, whatever failed after it
+            status = "ok"  # the score holds, whatever was raised after it
         if torch.cuda.is_initialized():
             self.record["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
         with contextlib.suppress(OSError):  # nobody reads the output

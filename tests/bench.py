@@ -127,11 +127,12 @@ def experiment(folder, changes, cache, seconds, i):
 
     `changes` are constants to set before. Run i has seed 42 + i; the first has no compiled code from a run before.
     """
-    env = dict(AUTORESEARCH_TIME_BUDGET=str(seconds), AUTORESEARCH_CACHE=str(cache), PYTHONPATH=str(folder))
-    env["AUTORESEARCH_SEED"] = str(42 + i)
+    env = os.environ | dict(AUTORESEARCH_TIME_BUDGET=str(seconds), AUTORESEARCH_SEED=str(42 + i),
+                            AUTORESEARCH_CACHE=str(cache), PYTHONPATH=str(folder))
     script = ["-c", f"import train; vars(train).update({changes}); train.main()"] if changes else ["train.py"]
     with tempfile.TemporaryDirectory() as compiled:
-        env = os.environ | env | ({} if i else dict(TORCHINDUCTOR_CACHE_DIR=compiled))
+        if i == 0:
+            env["TORCHINDUCTOR_CACHE_DIR"] = compiled
         begun = time.perf_counter()
         run = subprocess.run([sys.executable, *script], cwd=folder, env=env, capture_output=True, text=True)
         wall = time.perf_counter() - begun
