@@ -226,16 +226,15 @@ class Memory(nn.Module):
         checks = 2**31 // (self.COUNTS * self.vocab_size) - 1
         return (mixed >> 32) % self.table.size(1), (mixed >> 14) % checks + 1
 
-    def write(self, tokens, at_once=2**18):
-        """Learn from an array of tokens; of several meetings with an n-gram in `at_once` tokens one counts."""
-        for start in range(0, len(tokens) - 1, at_once):
-            ids = torch.from_numpy(tokens[start : start + at_once + 1].astype("int64")).to(self.table.device)
-            for table, n in zip(self.table, self.orders, strict=True):
-                slot, check = (x[0] for x in self.places(ids[None, :-1], n))
-                old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
-                count = old % self.COUNTS
-                agreed = old + (count < self.COUNTS - 1)
-                table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
+    def write(self, tokens):
+        """Learn from an array of tokens; of several meetings with an n-gram in it one counts."""
+        ids = torch.from_numpy(tokens.astype("int64")).to(self.table.device)
+        for table, n in zip(self.table, self.orders, strict=True):
+            slot, check = (x[0] for x in self.places(ids[None, :-1], n))
+            old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
+            count = old % self.COUNTS
+            agreed = old + (count < self.COUNTS - 1)
+            table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
 
     def read(self, idx):
         """(tokens, counts), (B, T) each, for each of `orders`; vocab_size and 0 where the n-gram is not known."""
@@ -529,10 +528,11 @@ def first_rows(tokenizer, B, T, rows):
         yield from islice(make_dataloader(tokenizer, B, T, "train"), rows and max(1, rows // B))
 
 
-def tokens_after(rows, T):
-    """The text that first_rows() leaves out, an array of tokens."""
+def tokens_after(rows, T, at_once=2**18):
+    """The text that first_rows() leaves out, in arrays of `at_once` tokens and the first of the next."""
     store = TokenStore(current_folder() / "train")
-    return store.tokens[max(stop for row in islice(pack_rows(store.batches(), T + 1), rows) for _, stop in row) :]
+    rest = store.tokens[max(stop for row in islice(pack_rows(store.batches(), T + 1), rows) for _, stop in row) :]
+    return (rest[start : start + at_once + 1] for start in range(0, len(rest) - 1, at_once))
 
 
 def train_step(loss_fn, model, optimizers, batches, forwards):
@@ -612,16 +612,16 @@ def main():
 
         batches = first_rows(tokenizer, micro, T, TRAIN_ROWS if MEMORY else None)
         run.start()
-        if MEMORY:
-            model.lookups.memory.write(tokens_after(TRAIN_ROWS, T))
+        for tokens in tokens_after(TRAIN_ROWS, T) if MEMORY else ():
+            if run.progress() < 0.2:  # a short run has to train, too
+                model.lookups.memory.write(tokens)
         while (progress := run.progress()) < 1:
             set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
             loss = train_step(loss_fn, model, optimizers, batches, forwards)
             run.step(loss, forwards * micro * T)
         run.score(model, tokenizer, micro)
         torch.save(dict(config=asdict(config), weights=model.state_dict()), cache_root() / "model.pt")
-        bos = torch.full((2, 1), tokenizer.get_bos_token_id(), device=run.device)
-        for ids in sample(model, bos, 80).tolist():
+        for ids in sample(model, torch.full((2, 1), tokenizer.get_bos_token_id(), device=run.device), 80).tolist():
             print("it writes:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
     return run.record
 

@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -425,13 +427,10 @@ def test_one_experiment_from_start_to_report(toy):
     assert first.stdout.count("\nit writes:\n    ") == 2
     saved = torch.load(prepare.cache_root() / "model.pt")
     model = train.GPT(train.GPTConfig(**saved["config"]))
-    untrained = train.loss_of(model, *rows_to_validate())
+    rows = referee.prepared_rows()[:4]
+    untrained = train.loss_of(model, rows[:, :-1], rows[:, 1:])
     model.load_state_dict(saved["weights"])
-    assert train.loss_of(model, *rows_to_validate()) < untrained - 1
-
-
-def rows_to_validate():
-    return referee.prepared_rows()[:4, :-1], referee.prepared_rows()[:4, 1:]
+    assert train.loss_of(model, rows[:, :-1], rows[:, 1:]) < untrained - 1
 
 
 @pytest.fixture
@@ -472,7 +471,9 @@ def test_the_model_trains_on_the_first_rows_and_the_memory_reads_the_rest(toy, m
     assert torch.equal(rows[:12], rows[12:]) and len(torch.unique(rows, dim=0)) == 12
     every = torch.cat([x for x, *_ in itertools.islice(train.first_rows(tokenizer, 4, 256, None), 6)])
     assert torch.equal(every[:12], rows[:12]) and len(torch.unique(every, dim=0)) == 24
-    rest = torch.from_numpy(train.tokens_after(12, 256).astype("int64"))
+    pieces = [torch.from_numpy(tokens.astype("int64")) for tokens in train.tokens_after(12, 256, at_once=1000)]
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(pieces)) and {*map(len, pieces[:-1])} == {1001}
+    rest = torch.cat([pieces[0], *(piece[1:] for piece in pieces[1:])])
     assert 0.6 * total < len(rest) < total - 12 * 256
     read = {*map(tuple, rest.unfold(0, 30, 1).tolist())}
     assert not read.intersection(map(tuple, rows.unfold(1, 30, 1).flatten(0, 1).tolist()))
@@ -485,6 +486,15 @@ def test_an_experiment_with_a_memory(small_main, monkeypatch):
     table = torch.load(prepare.cache_root() / "model.pt")["weights"]["lookups.memory.table"]
     total = prepare.read_manifest()["train_tokens"]
     assert len(table) == 2 and table.count_nonzero(1).min() > 0.02 * total and total < table.size(1) <= 2 * total
+
+
+def test_a_slow_memory_leaves_a_short_run_time_to_train(small_main, monkeypatch):
+    write = train.Memory.write
+    for name, value in dict(MEMORY=(2,), TRAIN_ROWS=8, tokens_after=partial(train.tokens_after, at_once=500)).items():
+        monkeypatch.setattr(train, name, value)
+    monkeypatch.setattr(train.Memory, "write", lambda *args: (time.sleep(0.2), write(*args)))
+    record = small_main()
+    assert record["status"] == "ok" and record["num_steps"] > 2
 
 
 @pytest.mark.parametrize("name, value, low", [("AUTORESEARCH_TIME_BUDGET", "soon", 1), ("AUTORESEARCH_SEED", "1.5", 0),
