@@ -213,6 +213,17 @@ def best_kept(lines, history):
                 and row[0] in history), default=math.inf)
 
 
+def noise(records):
+    """The standard deviation of val_bpb between scored runs of one commit, pooled over commits; nan if none has two."""
+    repeated = {}
+    for r in records:
+        if r.get("status") == "ok" and not r["commit"].endswith("+"):  # with uncommitted changes, which may differ
+            repeated.setdefault((r["commit"], r["time_budget"], r["data"]), []).append(r["val_bpb"])
+    freedom = sum(len(values) - 1 for values in repeated.values())
+    squares = sum((len(values) - 1) * np.var(values, ddof=1) for values in repeated.values() if len(values) > 1)
+    return math.sqrt(squares / freedom) if freedom else math.nan
+
+
 # === 3. Run: clock, watcher, lock and report ==========================================================================
 # reads: the clock, the environment, the manifest
 # writes: standard output, <root>/<device>.lock
@@ -462,12 +473,13 @@ class Run:
         if not logged:
             why = "no device" if r["standard"] else "AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set"
             verdict = f"none: {why}, so not in results.tsv"
-            like = [old for old in records if old["status"] == "ok" and old["commit"] in history
+            like = [old for old in records if old.get("status") == "ok" and old["commit"] in history
                     and all(old[key] == r[key] for key in ("seed", "time_budget", "data"))]
             if like:
                 verdict += f"; the last such run of kept code: {like[-1]['val_bpb']:.6f} ({like[-1]['commit']})"
         rate = r["total_tokens"] / r["training_seconds"] if r["training_seconds"] else 0.0
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
+        spread = noise([*records, r])
         block = dict(
             val_bpb=f"{r['val_bpb']:.6f}" if r["status"] == "ok" else "",
             training_seconds=f"{r['training_seconds']:.1f}",
@@ -481,6 +493,7 @@ class Run:
             status=r["status"],
             error=r["error"],
             verdict=verdict,
+            noise=f"{spread:.6f}" if spread >= 0 else "",
             tokens_per_second=f"{rate:.0f}",
             startup_seconds=f"{r['startup_seconds']:.1f}",
             eval_seconds=f"{r['eval_seconds']:.1f}",

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -125,8 +126,9 @@ class Lab:
             path.mkdir(parents=True)
         (self.cache / toy.name).symlink_to(toy)
         (self.cache / "current").write_text(toy.name)
-        for name in ("prepare.py", "referee.py", ".gitignore"):
+        for name in ("prepare.py", "referee.py"):
             shutil.copy(ROOT / name, self.repository)
+        (self.repository / ".gitignore").write_text("__pycache__/\n")
         (self.repository / "results.tsv").write_text(referee.HEADER + "\n")
         edit(self.repository / "referee.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
         (self.repository / "train.py").write_text(player)
@@ -294,7 +296,20 @@ def test_a_non_standard_run_is_in_the_journal_alone(lab, env):
     lab.commit("another")
     again = lab.experiment(**env)["verdict"]
     assert again.endswith(f"; the last such run of kept code: {block['val_bpb']} ({block['commit']})")
-    assert "such run" not in block["verdict"] + lab.experiment(AUTORESEARCH_SEED="8")["verdict"]
+    last = lab.experiment(AUTORESEARCH_SEED="8")
+    assert "such run" not in block["verdict"] + last["verdict"]
+    assert "noise" not in block and last.get("noise") == ("0.000000" if "AUTORESEARCH_SEED" in env else None)
+
+
+def test_noise_is_that_of_equal_runs():
+    def runs(commit, *values, **changes):
+        record = dict(commit=commit, status="ok", time_budget=300.0, data="d") | changes
+        return [record | dict(val_bpb=value) for value in values]
+
+    alone = [*runs("a", 1.0), *runs("b", 2.0), *runs("a", 3.0, data="e"), *runs("c+", 4.0, 5.0)]
+    assert math.isnan(referee.noise(alone))
+    repeated = [*runs("a", 1.2, 1.22), *runs("b", 1.3, 1.33, 1.36), *runs("c", 9.0), *runs("a", None, status="crash")]
+    assert referee.noise([*repeated, {}]) == pytest.approx(((2 * 0.01**2 + 2 * 0.03**2) / 3) ** 0.5)
 
 
 def test_rows_and_verdicts_agree(lab):
