@@ -312,7 +312,7 @@ class Run:
 
     def lock(self):
         """Hold the device's lock until the end of the run, or refuse the run."""
-        unit, name = "cpu", f"cpu ({torch.get_num_threads()} threads)"
+        unit, name = f"cpu-{os.uname().nodename}", f"cpu ({torch.get_num_threads()} threads)"
         if self.device.type == "cuda":
             name, unit = torch.cuda.get_device_name(), f"cuda-{torch.cuda.get_device_properties(0).uuid}"
         try:

@@ -19,6 +19,7 @@ from conftest import block
 import referee
 
 ROOT = Path(__file__).parent.parent
+CPU_LOCK = f"cpu-{os.uname().nodename}.lock"  # machines may share a cache
 
 # Imports torch once; then each line of its input, [repository, folder, environment], is one `python train.py` in a
 # process of its own, with its output in folder/run.log, its pid in folder/pid and, once it and all who hold its output
@@ -117,15 +118,21 @@ def edit(path, *replacements):
     path.write_text(text)
 
 
+def prepared(cache, toy):
+    """A new cache in which the toy corpus is current."""
+    cache.mkdir(parents=True)
+    (cache / toy.name).symlink_to(toy)
+    (cache / "current").write_text(toy.name)
+    return cache
+
+
 class Lab:
     """A scratch repository with a player and a small default budget; a cache with the toy corpus and a journal."""
 
     def __init__(self, driver, folder, toy, budget=0.2, player=PLAYER):
-        self.driver, self.folder, self.repository, self.cache = driver, folder, folder / "repo", folder / "cache"
-        for path in (self.repository, self.cache):
-            path.mkdir(parents=True)
-        (self.cache / toy.name).symlink_to(toy)
-        (self.cache / "current").write_text(toy.name)
+        self.driver, self.folder, self.repository = driver, folder, folder / "repo"
+        self.repository.mkdir(parents=True)
+        self.cache = prepared(folder / "cache", toy)
         for name in ("prepare.py", "referee.py"):
             shutil.copy(ROOT / name, self.repository)
         (self.repository / ".gitignore").write_text("__pycache__/\n")
@@ -235,7 +242,7 @@ def endings(driver, toy, tmp_path_factory):
         signalled = isinstance(what, signal.Signals)
         player = small_train("time.sleep(60)" if signalled else what, 4 if status == "timeout" else 60)
         lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, 1.2, player)
-        (lab.cache / "cpu.lock").write_text("999999999\n")  # of a dead process
+        (lab.cache / CPU_LOCK).write_text("999999999\n")  # of a dead process
         lab.start()
         if signalled:
             os.kill(lab.running(), what)
@@ -260,7 +267,7 @@ def test_every_ending_is_reported(endings, name):
     assert f"\nstatus:           {status}\n" in last
     assert ("Traceback" in last) == (name in ("crash", "exit")), last
     assert name != "crash" or "\nValueError: no such\nlayer\n---\n" in last
-    with open(lab.cache / "cpu.lock") as lock:
+    with open(lab.cache / CPU_LOCK) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -379,7 +386,7 @@ def test_a_run_without_git_is_recorded(lab):
 
 
 def test_a_lock_that_cannot_be_opened_is_a_crash(lab):
-    (lab.cache / "cpu.lock").mkdir()
+    (lab.cache / CPU_LOCK).mkdir()
     assert lab.experiment()["error"].startswith("IsADirectoryError: ")
     assert [record["status"] for record in lab.journal()] == ["crash"]
 
