@@ -187,15 +187,13 @@ def whole_lines(path):
     return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
-def journal(like):
-    """The runs of the repository and the branch of the record `like` so far."""
+def journal():
+    """The records of all runs of this machine so far."""
     for line in whole_lines(cache_root() / "runs.jsonl"):
-        try:
-            record = json.loads(line) if line.endswith("}") else {}
-        except ValueError:  # half a line
-            continue
-        if (record.get("repository"), record.get("branch")) == (like["repository"], like["branch"]):
-            yield record
+        with contextlib.suppress(ValueError):  # half a line
+            record = json.loads(line)
+            if isinstance(record, dict):
+                yield record
 
 
 def results(records):
@@ -214,10 +212,13 @@ def best_kept(lines, history):
 
 
 def noise(records):
-    """The standard deviation of val_bpb between scored runs of one commit, pooled over commits; nan if none has two."""
+    """The standard deviation of val_bpb between scored runs of one commit, of one time budget on the same data.
+
+    It is pooled over commits, and nan if none was run twice. Uncommitted changes may differ: they do not count.
+    """
     repeated = {}
     for r in records:
-        if r.get("status") == "ok" and not r["commit"].endswith("+"):  # with uncommitted changes, which may differ
+        if r.get("status") == "ok" and re.fullmatch("[0-9a-f]+", r["commit"]):
             repeated.setdefault((r["commit"], r["time_budget"], r["data"]), []).append(r["val_bpb"])
     freedom = sum(len(values) - 1 for values in repeated.values())
     squares = sum((len(values) - 1) * np.var(values, ddof=1) for values in repeated.values() if len(values) > 1)
@@ -452,7 +453,9 @@ class Run:
         r = self.record
         r |= dict(error=" ".join(r["error"].split())[:500], total_seconds=time.monotonic() - OPENED)
         logged = r["standard"] and r["device"] != "n/a"  # which it is before the run has the device
-        records, history = [*journal(r)], git("log", "--format=%h", "--abbrev=7").split() or ["none"]
+        records = [old for old in journal() if all(old.get(key) == r[key] for key in ("repository", "branch"))]
+        comparable = [old for old in records if all(old.get(key) == r[key] for key in ("time_budget", "data"))]
+        history = git("log", "--format=%h", "--abbrev=7").split() or ["none"]
         lines = results(records)  # a commit that was taken back is not in the history, and no mark to beat
         best = best_kept(lines, history)
         verdict = "crash"
@@ -473,13 +476,13 @@ class Run:
         if not logged:
             why = "no device" if r["standard"] else "AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set"
             verdict = f"none: {why}, so not in results.tsv"
-            like = [old for old in records if old.get("status") == "ok" and old["commit"] in history
-                    and all(old[key] == r[key] for key in ("seed", "time_budget", "data"))]
+            like = [old for old in comparable if old.get("status") == "ok" and old.get("seed") == r["seed"]
+                    and old["commit"] in history and old["commit"] != r["commit"]]
             if like:
                 verdict += f"; the last such run of kept code: {like[-1]['val_bpb']:.6f} ({like[-1]['commit']})"
         rate = r["total_tokens"] / r["training_seconds"] if r["training_seconds"] else 0.0
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
-        spread = noise([*records, r])
+        spread = noise([*comparable, r])
         block = dict(
             val_bpb=f"{r['val_bpb']:.6f}" if r["status"] == "ok" else "",
             training_seconds=f"{r['training_seconds']:.1f}",

@@ -5,8 +5,7 @@ The player of autoresearch: a GPT trained with Muon and AdamW for five minutes o
 
 It trains on the data prepared last, for exactly the time budget, and ends with the report of referee.py, whose first
 line is val_bpb: validation bits per byte, lower is better. Two texts that the model writes stand before it; the weights
-are in the cache, as model.pt. On two cores of an AMD EPYC it reaches 1.005 (sd 0.007, n = 4) on Python source.
-
+are in the cache, as model.pt. On two cores of an AMD EPYC it reaches 0.98 (n = 4) on Python source.
 Sections, in the order they are used: constants, model, optimizer, schedules, training.
 """
 
@@ -14,10 +13,12 @@ import ctypes
 import functools
 import math
 import os
+import shutil
 import sys
+import sysconfig
 import timeit
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -49,7 +50,7 @@ SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at al
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows; 2**19 has too few steps
 DEVICE_BATCH = 64  # rows of a forward at most: about 34 GB; halved by itself when out of memory
-COMPILE = True  # torch.compile for the training step
+COMPILE = True  # torch.compile for the training step; on two cores a third more steps, for 20 s before the clock
 
 # Optimizer: learning rates hold at width 768, those of AdamW's matrices scale with (N_EMBD / 768)^-0.5
 MATRIX_LR = 0.04  # Muon
@@ -76,7 +77,6 @@ if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores wit
     WINDOW_PATTERN = "L"
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     SOFTCAP = 0.0
-    COMPILE = False  # compiling takes a minute before each run
 
 # === Model ============================================================================================================
 
@@ -161,14 +161,9 @@ def attend(q, k, v, window, kernel):
         return ((q * D**-0.5 @ k.mT + hidden).softmax(-1) @ v).transpose(1, 2)
     if full:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    blocks, size = [], max(window, 64)  # of queries, each against the keys that they can see
-    for start in range(0, T, size):
-        first, stop = max(0, start - window), min(start + size, T)
-        distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first, stop, device=q.device)
-        visible = (distance >= 0) & (distance <= window)
-        keys, values = k[:, :, first:stop], v[:, :, first:stop]
-        blocks.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=visible))
-    return torch.cat(blocks, dim=2).transpose(1, 2)
+    distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+    visible = (distance >= 0) & (distance <= window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
 def rotary(sequence_len, head_dim, base):
@@ -509,6 +504,12 @@ def fast_dtype(device):
     return torch.bfloat16 if bf16 < 0.8 * fp32 else torch.float32
 
 
+def can_compile(device):
+    """Whether torch.compile has what it needs: on a CPU a C++ compiler and the headers of Python."""
+    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
+    return device.type == "cuda" or (device.type == "cpu" and bool(shutil.which("g++")) and os.path.exists(headers))
+
+
 def keep_freed_blocks():
     """Have the C library keep freed blocks of any size: on a CPU, fetching them anew took a quarter of a step."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -556,9 +557,9 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
         micro, forwards = split_batch(rows, at_most)
         try:
             with torch.random.fork_rng():
-                made_up = torch.randint(model.config.vocab_size, (micro, model.config.sequence_len), device=device)
-                for _ in range(2):
-                    train_step(loss_fn, model, optimizers, iter([(made_up, made_up, 1)] * forwards), forwards)
+                made_up = torch.randint(model.config.vocab_size, (2, micro, model.config.sequence_len), device=device)
+                for _ in range(2):  # two tensors, as the loader gives: were they one, the first real step recompiled
+                    train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
             break
         except torch.OutOfMemoryError:
             if micro == 1:
@@ -577,8 +578,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
 def sample(model, idx, count, temperature=0.8):
     """Continue the rows of idx (B, t) by `count` tokens; forwards are of whole rows, as in training."""
     for _ in range(count):
-        row = F.pad(idx, (0, model.config.sequence_len - idx.size(1)))
-        logits = model(row)[:, idx.size(1) - 1]
+        logits = model(F.pad(idx, (0, model.config.sequence_len - idx.size(1))))[:, idx.size(1) - 1]
         idx = torch.cat((idx, torch.multinomial((logits / temperature).softmax(-1), 1)), dim=1)
     return idx
 
@@ -588,6 +588,7 @@ def main():
         keep_freed_blocks()
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
+        compiled = COMPILE and can_compile(run.device)
         tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
         config = GPTConfig(
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD, head_dim=HEAD_DIM,
@@ -597,12 +598,12 @@ def main():
             memory=MEMORY, memory_slots=min(MEMORY_SLOTS, 2 ** run.data["train_tokens"].bit_length()),
         )
         model = GPT(config).to(run.device)
-        decays = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
-        optimizers = build_optimizers(model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS, decays, COMPILE)
-        loss_fn = torch.compile(loss_of, dynamic=False) if COMPILE else loss_of
+        decay = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
+        optimizers = build_optimizers(model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS, decay, compiled)
+        loss_fn = torch.compile(loss_of, dynamic=False) if compiled else loss_of
         num_params, flops = sum(p.numel() for p in model.parameters()), model.flops_per_token()
         run.note(depth=DEPTH, num_params=num_params, attention=config.attention, flops_per_token=flops)
-        print(f"{config}\n{num_params:,} parameters on {run.device}")
+        print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if compiled else 'not '}compiled")
 
         set_schedules(optimizers, 0.0, WARMDOWN, FINAL_LR, MOMENTUM)
         rows = max(1, round(TOTAL_BATCH / T))
@@ -612,9 +613,8 @@ def main():
 
         batches = first_rows(tokenizer, micro, T, TRAIN_ROWS if MEMORY else None)
         run.start()
-        for tokens in tokens_after(TRAIN_ROWS, T) if MEMORY else ():
-            if run.progress() < 0.2:  # a short run has to train, too
-                model.lookups.memory.write(tokens)
+        for tokens in takewhile(lambda _: run.progress() < 0.2, tokens_after(TRAIN_ROWS, T) if MEMORY else ()):
+            model.lookups.memory.write(tokens)  # of a short run a fifth at most, for it has to train, too
         while (progress := run.progress()) < 1:
             set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
             loss = train_step(loss_fn, model, optimizers, batches, forwards)

@@ -40,7 +40,6 @@ def read(tmp_path, monkeypatch, capsys):
 
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
-
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
 
     def run(rows, records=()):
@@ -62,9 +61,10 @@ def test_a_log_without_rows(read):
 
 
 def test_a_crash_first_is_no_score(read):
-    output, names = read([row(0, "crash"), row(1.2, "keep", commit="1"), row(1.1, "keep", "wider", commit="2")])
+    wider = row(1.1, "keep", "wider, for $5 and $", commit="2")
+    output, names = read([row(0, "crash"), row(1.2, "keep", commit="1"), wider])
     assert names["running"] == [1.2, 1.1]
-    assert "from 1.2000 to 1.1000: 2 wider" in output and "crash          1    33%" in output
+    assert "from 1.2000 to 1.1000: 2 wider, for $5" in output and "crash          1    33%" in output
 
 
 def test_rows_that_are_none_are_named_by_line(read):
@@ -107,9 +107,10 @@ def test_the_command_of_the_readme(tmp_path):
     assert command in (ROOT / "README.md").read_text()
     for name in ("analysis.ipynb", "prepare.py", "referee.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "results.tsv").write_text("\n".join([referee.HEADER, *night(30)]) + "\n")
-    record = dict(repository=str(tmp_path), row="a row", total_tokens=10, training_seconds=2.0, total_seconds=4.0,
-                  eval_seconds=1.0, startup_seconds=1.0)
+    rows = night(30)
+    (tmp_path / "results.tsv").write_text("\n".join([referee.HEADER, *rows]) + "\n")
+    record = dict(row=rows[-1], total_tokens=10, training_seconds=2.0, total_seconds=4.0,
+                  eval_seconds=1.0, startup_seconds=1.0, device="cpu", data="python", time=0)
     (tmp_path / "runs.jsonl").write_text(json.dumps(record) + '\n{"half')
     jupyter = [Path(sys.executable).with_name("jupyter"), *command.split()[3:]]
     run = subprocess.run(jupyter, cwd=tmp_path, env=os.environ | dict(AUTORESEARCH_CACHE=str(tmp_path)),

@@ -1,4 +1,4 @@
-"""The commands of README for more than one machine, each on the real thing where that is installed."""
+"""README's commands for Slurm and Ray, run on the real thing where it is installed; SkyPilot's file, by its parser."""
 
 import contextlib
 import os
@@ -71,17 +71,17 @@ def slurm(tmp_path):
     munged = ["munged", "--foreground", "--force",
               *(f"--{option.replace('_', '-')}={tmp_path}/munge.{name}" for option, name in files.items())]
     daemons = []
-    with open(tmp_path / "daemons.log", "w") as log:
-        for words in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
-            daemons.append(subprocess.Popen(words, env=os.environ | env, stdout=log, stderr=log))
-            if words is munged:
-                until((tmp_path / "munge.socket").exists, "munged")
 
     def idle():
         sinfo = ["sinfo", "--noheader", "--format=%T"]
         return subprocess.run(sinfo, env=os.environ | env, capture_output=True, text=True).stdout.strip() == "idle"
 
     try:
+        with open(tmp_path / "daemons.log", "w") as log:
+            for words in (munged, ["slurmctld", "-D"], ["slurmd", "-D"]):
+                daemons.append(subprocess.Popen(words, env=os.environ | env, stdout=log, stderr=log))
+                if words is munged:
+                    until((tmp_path / "munge.socket").exists, "munged")
         until(idle, f"Slurm, see {tmp_path}/daemons.log")
         yield env
     finally:
@@ -113,7 +113,7 @@ def ray_workers(tmp_path, toy):
 
     def alive():
         with contextlib.suppress(requests.ConnectionError):
-            return requests.get(f"{address}/api/v0/nodes").text.count('"ALIVE"') == len(workers)
+            return requests.get(f"{address}/api/v0/nodes", timeout=10).text.count('"ALIVE"') == len(workers)
 
     try:
         for name, words in (("first", head), ("second", [f"--address=127.0.0.1:{port}"])):

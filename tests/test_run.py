@@ -226,7 +226,7 @@ def small_train(line, grace):
     source = (ROOT / "train.py").read_text()
     changes = {rf"^    {name} = .*": f"    {name} = {value}"
                for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256).items()}
-    changes |= {r"Run\(globals\(\)": f"Run(globals(), grace={grace}",
+    changes |= {"^COMPILE = .*": "COMPILE = False", r"Run\(globals\(\)": f"Run(globals(), grace={grace}",
                 "(?<=run.step.loss, forwards . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
     for old, new in changes.items():
         source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)

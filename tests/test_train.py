@@ -394,6 +394,19 @@ def test_out_of_memory_halves_the_rows(capsys):
     assert "out of memory with 12 rows of a forward; trying 6" in capsys.readouterr().out
 
 
+def test_nothing_is_compiled_on_the_clock(toy):
+    graphs, tokenizer = [], prepare.Tokenizer.from_directory()
+    model = tiny_gpt(vocab_size=tokenizer.get_vocab_size(), n_layer=1, windows=[24])
+    optimizers, batches = optimizers_of(model), prepare.make_dataloader(tokenizer, 2, 24, "train")
+    backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+    loss_fn = torch.compile(train.loss_of, dynamic=False, backend=backend)
+    train.warm_up(loss_fn, model, optimizers, 4, 2, torch.device("cpu"))
+    warm = len(graphs)
+    for _ in range(2):
+        train.train_step(loss_fn, model, optimizers, batches, 2)
+    assert len(graphs) == warm > 0
+
+
 def test_a_sample_goes_on_as_the_model_has_learnt():
     model = tiny_gpt(recall=(1,))
     optimizers = optimizers_of(model)
@@ -405,8 +418,8 @@ def test_a_sample_goes_on_as_the_model_has_learnt():
 
 
 def run_train(script, seconds, cwd=ROOT, **env):
-    env = os.environ | dict(AUTORESEARCH_TIME_BUDGET=str(seconds), PYTHONPATH=str(ROOT)) | env
-    return subprocess.run([sys.executable, script], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
+    ours = dict(AUTORESEARCH_TIME_BUDGET=str(seconds), PYTHONPATH=str(ROOT), TORCH_COMPILE_DISABLE="1")
+    return subprocess.run([sys.executable, script], cwd=cwd, env=os.environ | ours | env, capture_output=True, text=True, timeout=100)
 
 
 def losses(output):
@@ -414,13 +427,13 @@ def losses(output):
 
 
 def test_one_experiment_from_start_to_report(toy):
-    first = run_train("train.py", 4)
+    first = run_train("train.py", 3)
     assert (first.returncode, first.stderr) == (0, "")
     report = block(first.stdout)
     assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
                              "total_tokens_M", "num_steps", "num_params_M", "depth"]
     assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
-    assert 4 <= float(report["training_seconds"]) < 6
+    assert 3 <= float(report["training_seconds"]) < 5
     assert 0 < float(report["val_bpb"]) < 4
     assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.2
     assert "\r" not in first.stdout
@@ -461,6 +474,13 @@ def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, caps
 def test_constants_set_from_outside_are_obeyed(small_main, capsys):
     assert small_main()["depth"] == 2
     assert "a step: 1 x 4 rows of 256 tokens" in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_step_is_not_compiled(small_main, monkeypatch, capsys, tmp_path):
+    assert [train.can_compile(torch.device(kind)) for kind in ("cuda", "mps")] == [True, False]
+    monkeypatch.setattr(train, "COMPILE", True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert small_main()["status"] == "ok" and "parameters on cpu, not compiled" in capsys.readouterr().out
 
 
 def test_the_model_trains_on_the_first_rows_and_the_memory_reads_the_rest(toy, monkeypatch):
