@@ -419,7 +419,8 @@ def test_a_sample_goes_on_as_the_model_has_learnt():
 
 def run_train(script, seconds, cwd=ROOT, **env):
     ours = dict(AUTORESEARCH_TIME_BUDGET=str(seconds), PYTHONPATH=str(ROOT), TORCH_COMPILE_DISABLE="1")
-    return subprocess.run([sys.executable, script], cwd=cwd, env=os.environ | ours | env, capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, script], cwd=cwd, env=os.environ | ours | env, capture_output=True,
+                          text=True, timeout=100)
 
 
 def losses(output):
