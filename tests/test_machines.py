@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,9 @@ def test_slurm(slurm, tmp_path, toy):
 def ray_workers(tmp_path, toy):
     """Two workers, each with what it believes to be a GPU and a cache of its own; returns what finds them."""
     pytest.importorskip("ray", reason="needs uv sync --group ray")
-    port, dashboard, session = free_port(), free_port(), Path(f"/tmp/ray-{os.getpid()}")  # sockets have short paths
-    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={session}"]
+    port, dashboard = free_port(), free_port()
+    sockets = tempfile.TemporaryDirectory(prefix="ray-")  # tmp_path is too long for them
+    head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={sockets.name}"]
     ray, workers = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", "--num-gpus=1"], []
     address = f"http://127.0.0.1:{dashboard}"
 
@@ -127,7 +129,7 @@ def ray_workers(tmp_path, toy):
         for worker in reversed(workers):
             os.killpg(worker.pid, signal.SIGTERM)
             worker.wait(30)
-        shutil.rmtree(session, ignore_errors=True)
+        sockets.cleanup()
 
 
 def test_ray_with_two_workers(ray_workers, tmp_path, toy):
