@@ -173,6 +173,11 @@ def git(*words):
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
+def ancestry():
+    """The short hashes of HEAD and of all that it is built on; "none", as the commit of a run, without git."""
+    return git("log", "--format=%h", "--abbrev=7").split() or ["none"]
+
+
 def append_line(path, line):
     """Append in one write, after a newline where a kill has left half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -455,7 +460,7 @@ class Run:
         logged = r["standard"] and r["device"] != "n/a"  # which it is before the run has the device
         records = [old for old in journal() if all(old.get(key) == r[key] for key in ("repository", "branch"))]
         comparable = [old for old in records if all(old.get(key) == r[key] for key in ("time_budget", "data"))]
-        history = git("log", "--format=%h", "--abbrev=7").split() or ["none"]
+        history = ancestry()
         lines = results(records)  # a commit that was taken back is not in the history, and no mark to beat
         best = best_kept(lines, history)
         verdict = "crash"

@@ -41,6 +41,7 @@ def read(tmp_path, monkeypatch, capsys):
     matplotlib.use("Agg")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(referee, "REPOSITORY", tmp_path)
 
     def run(rows, records=()):
         Path("results.tsv").write_text("\n".join([referee.HEADER, *rows]) + "\n")
