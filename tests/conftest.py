@@ -27,6 +27,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_faults.py"))
 
 
+def pytest_xdist_auto_num_workers():
+    """One more than cores: many tests wait, for a clock, a kill or a hub."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_unconfigure():
     CACHE.cleanup()
 
