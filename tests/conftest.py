@@ -4,9 +4,12 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,77 @@ def start(cache, *args, **options):
     """`prepare.py args` as a process, in the cache `cache`; options are Popen's."""
     return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}, cwd=SCRIPT.parent, **options)
+
+
+# Imports the modules of its arguments once; then each line of its input, [words, repository, folder, environment], is
+# one `python words` in a process of its own, with its output in folder/run.log, its pid in folder/pid and, once it and
+# all who hold its output are gone, its exit code in folder/exit.
+DRIVER = """
+import gc, importlib, json, os, runpy, signal, sys
+
+def write(path, text):
+    with open(path + ".new", "w") as f:
+        f.write(str(text))
+    os.replace(path + ".new", path)
+
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+gc.freeze()
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    words, repository, folder, environment = json.loads(line)
+    if os.fork():
+        continue
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    log, output = os.pipe()
+    run = os.fork()
+    if run == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.closerange(3, 100)
+        os.chdir(repository)
+        os.environ |= environment
+        sys.path[0], sys.argv = repository, words
+        code = 0
+        try:
+            runpy.run_path(words[0], run_name="__main__")
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        sys.stdout.flush()
+        os._exit(code)  # without the time that torch takes to go
+    os.close(output)
+    write(folder + "/pid", run)
+    with open(folder + "/run.log", "wb", 0) as f:
+        while block := os.read(log, 1 << 16):
+            f.write(block)
+    write(folder + "/exit", os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
+    os._exit(0)
+"""
+
+
+@contextmanager
+def driver_of(*modules):
+    """A process of DRIVER, and with it all that it has started."""
+    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", GIT_CONFIG_GLOBAL=os.devnull)
+    with subprocess.Popen([sys.executable, "-c", DRIVER, *modules], stdin=subprocess.PIPE, env=env,
+                          start_new_session=True) as process:
+        yield process
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def begin(driver, words, repository, folder, env):
+    """Have `driver` start `python words` in `repository`; it writes to `folder`."""
+    for name in ("pid", "exit", "run.log"):
+        (folder / name).unlink(missing_ok=True)
+    os.write(driver.stdin.fileno(), json.dumps([words, str(repository), str(folder), env]).encode() + b"\n")
+
+
+def until(condition, what):
+    end = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < end, f"waited 40 s for {what}"
+        time.sleep(0.01)
 
 
 def block(output):

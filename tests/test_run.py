@@ -8,63 +8,16 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import block
+from conftest import begin, block, driver_of, until
 
 import referee
 
 ROOT = Path(__file__).parent.parent
 CPU_LOCK = f"cpu-{os.uname().nodename}.lock"  # machines may share a cache
-
-# Imports torch once; then each line of its input, [repository, folder, environment], is one `python train.py` in a
-# process of its own, with its output in folder/run.log, its pid in folder/pid and, once it and all who hold its output
-# are gone, its exit code in folder/exit.
-DRIVER = """
-import gc, json, os, runpy, signal, sys
-import tiktoken, torch, torch._dynamo
-
-def write(path, text):
-    with open(path + ".new", "w") as f:
-        f.write(str(text))
-    os.replace(path + ".new", path)
-
-gc.freeze()
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-for line in sys.stdin:
-    repository, folder, environment = json.loads(line)
-    if os.fork():
-        continue
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    log, output = os.pipe()
-    run = os.fork()
-    if run == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        os.closerange(3, 100)
-        os.chdir(repository)
-        os.environ |= environment
-        sys.path[0], sys.argv = repository, ["train.py"]
-        code = 0
-        try:
-            runpy.run_path("train.py", run_name="__main__")
-        except SystemExit as error:
-            code = error.code
-        sys.stdout.flush()
-        os._exit(code)  # without the time that torch takes to go
-    os.close(output)
-    write(folder + "/pid", run)
-    with open(folder + "/run.log", "wb", 0) as f:
-        while block := os.read(log, 1 << 16):
-            f.write(block)
-    write(folder + "/exit", os.waitstatus_to_exitcode(os.waitpid(run, 0)[1]))
-    os._exit(0)
-"""
 
 # A player of one parameter, whose score an edit of one line decides
 PLAYER = """
@@ -96,18 +49,8 @@ with Run(globals(), grace=30.0) as run:
 
 @pytest.fixture(scope="module")
 def driver():
-    env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", GIT_CONFIG_GLOBAL=os.devnull)
-    with subprocess.Popen([sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, env=env,
-                          start_new_session=True) as process:
+    with driver_of("tiktoken", "torch", "torch._dynamo") as process:
         yield process
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def until(condition, what):
-    end = time.monotonic() + 40
-    while not condition():
-        assert time.monotonic() < end, f"waited 40 s for {what}"
-        time.sleep(0.01)
 
 
 def edit(path, *replacements):
@@ -152,11 +95,8 @@ class Lab:
 
     def start(self, folder=None, **env):
         """Start train.py, of which the driver writes to `folder`."""
-        folder = folder or self.folder
-        for name in ("pid", "exit", "run.log"):
-            (folder / name).unlink(missing_ok=True)
         env["AUTORESEARCH_CACHE"] = str(self.cache)
-        os.write(self.driver.stdin.fileno(), json.dumps([str(self.repository), str(folder), env]).encode() + b"\n")
+        begin(self.driver, ["train.py"], self.repository, folder or self.folder, env)
 
     def running(self):
         """The pid of a run that has printed two losses."""
