@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import timeit
 from dataclasses import asdict, dataclass
-from itertools import islice, takewhile
+from itertools import cycle, islice, takewhile
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -110,9 +110,8 @@ def layer_windows(pattern, n_layer, short_window, sequence_len):
     """The window of every layer: `pattern` repeated, the last layer full."""
     if not pattern or set(pattern) - set("SL"):
         raise ValueError(f"WINDOW_PATTERN = {pattern!r} may hold the letters S and L only")
-    short = min(short_window, sequence_len)
-    windows = [short if pattern[i % len(pattern)] == "S" else sequence_len for i in range(n_layer)]
-    return [*windows[:-1], sequence_len]
+    widths = dict(S=min(short_window, sequence_len), L=sequence_len)
+    return [widths[letter] for letter in islice(cycle(pattern), n_layer - 1)] + [sequence_len]
 
 
 def norm(x):
@@ -132,10 +131,8 @@ def flash_attention_3():
 
 
 def attention_kernel(device, dtype, sequence_len):
-    """The `kernel` of attend() that is fastest on a device, by what it can do.
-
-    "fa3": Hopper, if it can be had. "varlen": torch's flash kernel, bf16 on CUDA from sm_80 on. "sdpa": anywhere.
-    "dense" writes the scores down, (B, H, T, T): on a CPU twice as fast for rows of 256 tokens.
+    """The `kernel` of attend() that is fastest: "fa3" on Hopper, if it can be had; "varlen", torch's flash kernel, for
+    bf16 on CUDA from sm_80 on; "dense", which writes the scores down, (B, H, T, T), for short rows on a CPU; or "sdpa".
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         return "fa3" if torch.cuda.get_device_capability() == (9, 0) and flash_attention_3() else "varlen"
@@ -161,8 +158,7 @@ def attend(q, k, v, window, kernel):
         return ((q * D**-0.5 @ k.mT + hidden).softmax(-1) @ v).transpose(1, 2)
     if full:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
-    visible = (distance >= 0) & (distance <= window)
+    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(-window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
 
 
@@ -191,7 +187,7 @@ def recall(idx, n, vocab_size):
     """The token that followed the last earlier occurrence of the last n tokens, vocab_size if there is none: (B, T).
 
     What an induction head (arXiv 2209.11895) has to learn, looked up: a stable sort by n-gram puts that occurrence
-    just before the present one. What followed it is the present token at the latest, so nothing is seen of the future.
+    just before the present one. What followed it is the present token at the latest: nothing of the future.
     """
     key, order = ngram(idx, n, vocab_size).sort(dim=1, stable=True)
     found = F.pad(key[:, 1:] == key[:, :-1], (1, 0))
@@ -202,17 +198,19 @@ def recall(idx, n, vocab_size):
 class Memory(nn.Module):
     """What mostly follows an n-gram in a text, and how surely: a hash table for each n of `orders`.
 
-    It reads, in seconds, the text that training has no time for: an n-gram model beside the neural one, as infini-gram
-    (arXiv 2401.17377). An entry is a check of the n-gram, a token and a count, which agreement raises and disagreement
-    lowers until another takes the place (the majority vote of Boyer and Moore): what is frequent stays.
+    It reads, in seconds, the text that training has no time for, as infini-gram does (arXiv 2401.17377). An entry is a
+    check of the n-gram, a token and a count, which agreement raises and disagreement lowers until another takes the
+    place (the majority vote of Boyer and Moore). `follow` is log p(token | token before), for small vocabularies.
     """
 
-    COUNTS, MIX = 8, -7046029254386353131  # 2^64 over the golden ratio, odd, as an int64
+    COUNTS, PAIRS, MIX = 8, 10, -7046029254386353131  # 2^64 over the golden ratio, odd, as an int64
 
     def __init__(self, orders, slots, vocab_size):
         super().__init__()
         self.orders, self.vocab_size = orders, vocab_size
         self.register_buffer("table", torch.zeros(len(orders), slots, dtype=torch.int32))
+        rows = vocab_size if orders and vocab_size <= 2**13 else 0
+        self.register_buffer("follow", torch.zeros(rows, rows, dtype=torch.bfloat16))
 
     def places(self, idx, n):
         """The slot and the check, from 1 up, of the n-gram that ends at each token of idx (B, T): (B, T) each."""
@@ -221,15 +219,21 @@ class Memory(nn.Module):
         checks = 2**31 // (self.COUNTS * self.vocab_size) - 1
         return (mixed >> 32) % self.table.size(1), (mixed >> 14) % checks + 1
 
-    def write(self, tokens):
-        """Learn from an array of tokens; of several meetings with an n-gram in it one counts."""
-        ids = torch.from_numpy(tokens.astype("int64")).to(self.table.device)
-        for table, n in zip(self.table, self.orders, strict=True):
-            slot, check = (x[0] for x in self.places(ids[None, :-1], n))
-            old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
-            count = old % self.COUNTS
-            agreed = old + (count < self.COUNTS - 1)
-            table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
+    def learn(self, texts):
+        """Read arrays of tokens, once; of several meetings with an n-gram in one of them one counts."""
+        pairs = torch.zeros_like(self.follow, dtype=torch.float32)
+        for tokens in texts:
+            ids = torch.from_numpy(tokens.astype("int64")).to(self.table.device)
+            if len(pairs):
+                pairs.index_put_((ids[:-1], ids[1:]), pairs.new_ones(()), accumulate=True)
+            for table, n in zip(self.table, self.orders, strict=True):
+                slot, check = (x[0] for x in self.places(ids[None, :-1], n))
+                old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
+                count = old % self.COUNTS
+                agreed = old + (count < self.COUNTS - 1)
+                table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
+        chance = (pairs.sum(0) + 1) / (pairs.sum() + self.vocab_size)  # of a token after any, as PAIRS more pairs
+        self.follow.copy_(((pairs + self.PAIRS * chance) / (pairs.sum(1, keepdim=True) + self.PAIRS)).log())
 
     def read(self, idx):
         """(tokens, counts), (B, T) each, for each of `orders`; vocab_size and 0 where the n-gram is not known."""
@@ -261,7 +265,7 @@ class Lookups(nn.Module):
         sizes = [config.vocab_size + 1] * lookups + [Memory.COUNTS] * len(config.memory)
         self.register_buffer("first", torch.tensor([0, *sizes[:-1]]).cumsum(0), persistent=False)
         self.embeds = nn.EmbeddingBag(sum(sizes), config.n_embd, mode="sum")  # of tokens, then of counts
-        self.gate = Linear(config.n_embd, lookups)
+        self.gate = Linear(config.n_embd, lookups + 1)
 
     def forward(self, idx):
         """The tokens found, vocab_size where there is none: (B, T, lookups), and their embedding: (B, T, C)."""
@@ -270,10 +274,12 @@ class Lookups(nn.Module):
         rows = torch.stack(found + [counts for _, counts in known], dim=-1) + self.first
         return torch.stack(found, dim=-1), self.embeds(rows.flatten(0, 1)).view(*idx.shape, -1)
 
-    def add_bonus(self, logits, x, found):
-        """Each token found may be copied, as by a pointer network (arXiv 1609.07843), if x, (B, T, C), says so."""
-        bonus = self.gate(x).float() * (found < self.vocab_size)
-        return logits.scatter_add(-1, found % self.vocab_size, bonus)
+    def add_bonus(self, logits, x, idx, found):
+        """Logits start from pairs; each token found may be copied, as by a pointer network (arXiv 1609.07843)."""
+        gates = self.gate(x).float()
+        if len(self.memory.follow):
+            logits = logits + (1 + gates[..., -1:]) * self.memory.follow[idx].float()
+        return logits.scatter_add(-1, found % self.vocab_size, gates[..., :-1] * (found < self.vocab_size))
 
 
 class Attention(nn.Module):
@@ -354,9 +360,8 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.c_qkv.uniform_(-bound, bound)
             block.mlp.c_fc.weight.uniform_(-bound, bound)
-            for zero in (block.attn.c_proj, block.mlp.c_proj, block.attn.ve_gate):
-                if zero is not None:
-                    zero.weight.zero_()
+            for zero in filter(None, (block.attn.c_proj, block.mlp.c_proj, block.attn.ve_gate)):
+                zero.weight.zero_()
 
     def forward(self, idx):
         c, T = self.config, idx.size(1)
@@ -374,7 +379,7 @@ class GPT(nn.Module):
         x = norm(x)
         logits = self.lm_head(x).float()
         if self.lookups:
-            logits = self.lookups.add_bonus(logits, x, found)
+            logits = self.lookups.add_bonus(logits, x, idx, found)
         return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
     def flops_per_token(self):
@@ -475,16 +480,12 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
 # === Schedules: functions of progress, the share of the time budget used so far =======================================
 
 
-def lr_scale(progress, warmdown, final):
-    """1, then over the last `warmdown` of the run linearly down to `final`."""
-    return final + (1 - final) * min(1.0, max(0.0, 1 - progress) / warmdown)
-
-
 def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
+    """Learning rates, over the last `warmdown` of the run linearly down to `final_lr` of them; momentum and decay."""
     start, stop, share = momentum
     adamw, muon = optimizers
     for group in adamw.param_groups + muon.param_groups:
-        group["lr"] = group["initial_lr"] * lr_scale(progress, warmdown, final_lr)
+        group["lr"] = group["initial_lr"] * (final_lr + (1 - final_lr) * min(1.0, max(0.0, 1 - progress) / warmdown))
     for group in muon.param_groups:
         group["momentum"] = start + (stop - start) * min(1.0, progress / share)
         group["weight_decay"] = group["initial_decay"] * max(0.0, 1 - progress) ** 2
@@ -495,10 +496,9 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
 
 def fast_dtype(device):
     """bf16 where the device computes in it: CUDA from sm_80 on, a CPU on which it measures faster; fp32 elsewhere."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     if device.type != "cpu":
-        return torch.float32
+        ampere = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+        return torch.bfloat16 if ampere else torch.float32
     matrices = (torch.ones(1024, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x.mT, number=1, repeat=10)) for x in matrices)
     return torch.bfloat16 if bf16 < 0.8 * fp32 else torch.float32
@@ -613,8 +613,8 @@ def main():
 
         batches = first_rows(tokenizer, micro, T, TRAIN_ROWS if MEMORY else None)
         run.start()
-        for tokens in takewhile(lambda _: run.progress() < 0.2, tokens_after(TRAIN_ROWS, T) if MEMORY else ()):
-            model.lookups.memory.write(tokens)  # of a short run a fifth at most, for it has to train, too
+        if MEMORY:  # of a short run a fifth at most, for it has to train, too
+            model.lookups.memory.learn(takewhile(lambda _: run.progress() < 0.2, tokens_after(TRAIN_ROWS, T)))
         while (progress := run.progress()) < 1:
             set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
             loss = train_step(loss_fn, model, optimizers, batches, forwards)

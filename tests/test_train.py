@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import types
-from functools import partial
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -165,7 +165,7 @@ def test_memory_knows_what_mostly_follows(vocab_size, orders):
         return tuple(row[max(0, at + 1 - n) : at + 1]), n
 
     for row in texts.tolist():  # the same vote, the obvious way
-        memory.write(torch.tensor(row).numpy().astype("uint16"))
+        memory.learn([torch.tensor(row).numpy().astype("uint16")])
         for at, n in itertools.product(range(size - 1), orders):
             token, count = votes.get(n_gram(row, at, n), (row[at + 1], -1))
             count += 1 if token == row[at + 1] else -1
@@ -180,7 +180,7 @@ def test_memory_knows_what_mostly_follows(vocab_size, orders):
 def test_memory_loses_no_more_than_chance_would():
     text = torch.randint(100, (5_000,), generator=torch.Generator().manual_seed(1))
     memory = train.Memory((3, 9), 2**16, 100)
-    memory.write(text.numpy().astype("uint16"))
+    memory.learn([text.numpy().astype("uint16")])
     for n, (tokens, _) in zip((3, 9), memory.read(text[None, :-1]), strict=True):
         assert (tokens[0, n:] == text[n + 1 :]).float().mean() > 0.95  # half of those that share a place: 0.963
     strange = torch.randint(100, (1, 5_000), generator=torch.Generator().manual_seed(2))
@@ -191,15 +191,31 @@ def test_memory_loses_no_more_than_chance_would():
 def test_memory_goes_by_the_majority_and_forgets():
     memory, seen = train.Memory((1,), 2**10, 10), []
     for follower in [1] * 20 + [2] * 9:
-        memory.write(torch.tensor([0, follower]).numpy().astype("uint16"))
+        memory.learn([torch.tensor([0, follower]).numpy().astype("uint16")])
         seen += [(int(token), int(count)) for token, count in memory.read(torch.tensor([[0]]))]
     counts = [*range(8), *[7] * 12, *range(6, -1, -1)]
     assert seen == [*zip([1] * 27, counts, strict=True), (2, 0), (2, 1)]
 
 
+def test_memory_knows_how_often_a_token_follows_another():
+    text = torch.randint(20, (2_000,), generator=torch.Generator().manual_seed(3)) ** 2 % 20  # 9 of the 20 are squares
+    memory = train.Memory((2,), 2**10, 20)
+    memory.learn(part.numpy().astype("uint16") for part in (text[:701], text[700:]))
+    pairs, after = Counter(itertools.pairwise(text.tolist())), Counter(text[1:].tolist())
+    for a, b in itertools.product(range(20), repeat=2):
+        chance = (after[b] + 1) / (len(text) - 1 + 20)
+        likely = (pairs[a, b] + 10 * chance) / (sum(pairs[a, c] for c in range(20)) + 10)
+        assert math.exp(memory.follow[a, b]) == pytest.approx(likely, rel=0.05)
+    assert train.Memory((2,), 8, 65_536).follow.numel() == 0 < train.Memory((2,), 8, 8192).follow.numel()
+    model = tiny_gpt(memory=(2,), memory_slots=2**10, softcap=0)
+    model.lookups.memory.learn([text.numpy().astype("uint16")])
+    expected = model.lookups.memory.follow[text[None, :24]].float()
+    torch.testing.assert_close(model(text[None, :24]).log_softmax(-1), expected, atol=0.1, rtol=0)
+
+
 def test_lookups_see_neither_the_future_nor_other_rows():
     model = tiny_gpt(recall=(1, 2, 3), memory=(1, 2, 3), memory_slots=2**10)
-    model.lookups.memory.write(torch.randint(6, (500,)).numpy().astype("uint16"))
+    model.lookups.memory.learn([torch.randint(6, (500,)).numpy().astype("uint16")])
     wake(model)
     ids = torch.randint(6, (1, 24))
     before = model(ids)
@@ -212,7 +228,7 @@ def test_lookups_see_neither_the_future_nor_other_rows():
 
 def test_lookups_are_learned():
     model = tiny_gpt(recall=(1, 2), memory=(1,), memory_slots=2**10)
-    model.lookups.memory.write(torch.arange(50).repeat(3).numpy().astype("uint16"))
+    model.lookups.memory.learn([torch.arange(50).repeat(3).numpy().astype("uint16")])
     optimizers = optimizers_of(model)
     for x, y, _ in made_up_batches(model, 4, 3):
         train.train_step(train.loss_of, model, optimizers, iter([(x % 6, y % 6, 1)]), 1)
@@ -225,7 +241,7 @@ def test_lookups_compile_to_one_graph():
     model, ids = wake(tiny_gpt(recall=(1, 2), memory=(2,), memory_slots=2**10)), torch.randint(6, (2, 24))
     for _ in range(2):  # before and after the memory has read
         torch.testing.assert_close(compiled_loss(model, ids), train.loss_of(model, ids, ids))
-        model.lookups.memory.write(torch.randint(6, (500,)).numpy().astype("uint16"))
+        model.lookups.memory.learn([torch.randint(6, (500,)).numpy().astype("uint16")])
 
 
 def test_a_short_window_forgets():
@@ -317,13 +333,9 @@ def test_every_parameter_is_in_one_group():
 # Schedules
 
 
-@pytest.mark.parametrize("progress, expected", [(0, 1), (0.2, 1), (0.6, 0.52), (1, 0.04), (1.1, 0.04)])
-def test_learning_rate_falls_linearly_to_the_floor(progress, expected):
-    assert train.lr_scale(progress, 0.8, 0.04) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("progress, lr, momentum, decay", [
-    (0.0, 1.0, 0.85, 0.125), (0.025, 1.0, 0.885, 0.125 * 0.975**2), (0.6, 0.52, 0.92, 0.02), (1.0, 0.04, 0.92, 0),
+    (0.0, 1.0, 0.85, 0.125), (0.025, 1.0, 0.885, 0.125 * 0.975**2), (0.2, 1.0, 0.92, 0.08), (0.6, 0.52, 0.92, 0.02),
+    (1.0, 0.04, 0.92, 0), (1.1, 0.04, 0.92, 0),
 ])
 def test_schedules_set_the_groups(progress, lr, momentum, decay):
     adamw, muon = optimizers = optimizers_of(tiny_gpt())
@@ -373,7 +385,7 @@ def run_steps(model, optimizers, steps=3):
 def test_warm_up_leaves_no_trace():
     cold, warm = (tiny_gpt(recall=(1,), memory=(2,), memory_slots=2**10) for _ in "ab")
     for model in (cold, warm):
-        model.lookups.memory.write(torch.arange(50).numpy().astype("uint16"))
+        model.lookups.memory.learn([torch.arange(50).numpy().astype("uint16")])
     cold_optimizers, warm_optimizers = optimizers_of(cold), optimizers_of(warm)
     state = torch.get_rng_state()
     train.warm_up(train.loss_of, warm, warm_optimizers, 4, 4, torch.device("cpu"))
@@ -509,10 +521,13 @@ def test_an_experiment_with_a_memory(small_main, monkeypatch):
 
 
 def test_a_slow_memory_leaves_a_short_run_time_to_train(small_main, monkeypatch):
-    write = train.Memory.write
-    for name, value in dict(MEMORY=(2,), TRAIN_ROWS=8, tokens_after=partial(train.tokens_after, at_once=500)).items():
+    def slowly(*args, after=train.tokens_after):
+        for tokens in after(*args, at_once=500):
+            time.sleep(0.2)
+            yield tokens
+
+    for name, value in dict(MEMORY=(2,), TRAIN_ROWS=8, tokens_after=slowly).items():
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(train.Memory, "write", lambda *args: (time.sleep(0.2), write(*args)))
     record = small_main()
     assert record["status"] == "ok" and record["num_steps"] > 2
 
