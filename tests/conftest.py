@@ -27,12 +27,7 @@ import prepare  # noqa: E402
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that the workers end together."""
-    items.sort(key=lambda item: item.path.name not in ("test_train.py", "test_faults.py"))
-
-
-def pytest_xdist_auto_num_workers():
-    """One more than cores: many tests wait, for a clock, a kill or a hub."""
-    return (os.cpu_count() or 1) + 1
+    items.sort(key=lambda item: item.path.name not in ("test_main.py", "test_run.py", "test_faults.py"))
 
 
 def pytest_unconfigure():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from conftest import block
-from test_train import losses, masked_softmax, run_train
+from test_main import losses, run_train
+from test_train import masked_softmax
 
 import prepare
 import train

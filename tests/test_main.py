@@ -1,0 +1,211 @@
+"""Experiments as `uv run train.py` makes them, and what a train.py of the original finds here."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import block
+
+import prepare
+import referee
+import train
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_train(script, seconds, cwd=ROOT, **env):
+    env = os.environ | dict(AUTORESEARCH_TIME_BUDGET=str(seconds), PYTHONPATH=str(ROOT)) | env
+    return subprocess.run([sys.executable, script], cwd=cwd, env=env, capture_output=True, text=True, timeout=100)
+
+
+def losses(output):
+    return [float(x) for x in re.findall(r"^step \d+ .* loss ([\d.]+)", output, re.M)]
+
+
+def test_one_experiment_from_start_to_report(toy):
+    first = run_train("train.py", 3, TORCH_COMPILE_DISABLE="1")
+    assert (first.returncode, first.stderr) == (0, "")
+    report = block(first.stdout)
+    assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
+                             "total_tokens_M", "num_steps", "num_params_M", "depth"]
+    assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
+    assert 3 <= float(report["training_seconds"]) < 5
+    assert 0 < float(report["val_bpb"]) < 4
+    assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.2
+    assert "\r" not in first.stdout
+    assert first.stdout.count("\nit writes:\n    ") == 2
+    saved = torch.load(prepare.cache_root() / "model.pt")
+    model = train.GPT(train.GPTConfig(**saved["config"]))
+    rows = referee.prepared_rows()[:4]
+    untrained = train.loss_of(model, rows[:, :-1], rows[:, 1:])
+    model.load_state_dict(saved["weights"])
+    assert train.loss_of(model, rows[:, :-1], rows[:, 1:]) < untrained - 1
+
+
+@pytest.fixture
+def small_main(toy, monkeypatch):
+    """main() with a model that a test can wait for, one second long."""
+    monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
+    for name, value in dict(DEPTH=2, N_EMBD=64, HEAD_DIM=32, TOTAL_BATCH=1024, COMPILE=False).items():
+        monkeypatch.setattr(train, name, value)
+
+    def main():
+        referee.evaluated.clear()  # as in a process of its own
+        return train.main()
+
+    return main
+
+
+def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, capsys):
+    for name, value in dict(MOMENTUM=(0.9, 0.9, 1.0), FINAL_LR=1.0, MATRIX_DECAY=0.0).items():  # free of the clock
+        monkeypatch.setattr(train, name, value)
+    seen = []
+    for seed in ("42", "42", "7"):
+        monkeypatch.setenv("AUTORESEARCH_SEED", seed)
+        small_main()
+        seen.append(losses(capsys.readouterr().out))
+    first, again, other = seen
+    assert first[0] == again[0] and first[1] == pytest.approx(again[1], abs=1e-4)
+    assert other[1] != pytest.approx(again[1], abs=1e-4)
+
+
+def test_constants_set_from_outside_are_obeyed(small_main, capsys):
+    assert small_main()["depth"] == 2
+    assert "a step: 1 x 4 rows of 256 tokens" in capsys.readouterr().out
+
+
+def test_without_a_compiler_the_step_is_not_compiled(small_main, monkeypatch, capsys, tmp_path):
+    assert [train.can_compile(torch.device(kind)) for kind in ("cuda", "mps")] == [True, False]
+    monkeypatch.setattr(train, "COMPILE", True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert small_main()["status"] == "ok" and "parameters on cpu, not compiled" in capsys.readouterr().out
+
+
+def test_the_model_trains_on_the_first_rows_and_the_memory_reads_the_rest(toy, monkeypatch):
+    monkeypatch.setattr(prepare, "BUFFER_DOCS", 5)  # the toy corpus has fewer than 1,000 documents
+    tokenizer, total = prepare.Tokenizer.from_directory(), prepare.read_manifest()["train_tokens"]
+    batches = train.first_rows(tokenizer, 4, 256, 12)
+    rows = torch.cat([next(batches)[0] for _ in range(6)])
+    assert torch.equal(rows[:12], rows[12:]) and len(torch.unique(rows, dim=0)) == 12
+    every = torch.cat([x for x, *_ in itertools.islice(train.first_rows(tokenizer, 4, 256, None), 6)])
+    assert torch.equal(every[:12], rows[:12]) and len(torch.unique(every, dim=0)) == 24
+    pieces = [torch.from_numpy(tokens.astype("int64")) for tokens in train.tokens_after(12, 256, at_once=1000)]
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(pieces)) and {*map(len, pieces[:-1])} == {1001}
+    rest = torch.cat([pieces[0], *(piece[1:] for piece in pieces[1:])])
+    assert 0.6 * total < len(rest) < total - 12 * 256
+    read = {*map(tuple, rest.unfold(0, 30, 1).tolist())}
+    assert not read.intersection(map(tuple, rows.unfold(1, 30, 1).flatten(0, 1).tolist()))
+
+
+def test_an_experiment_with_a_memory(small_main, monkeypatch):
+    for name, value in dict(MEMORY=(2, 3), TRAIN_ROWS=8).items():
+        monkeypatch.setattr(train, name, value)
+    assert small_main()["status"] == "ok"
+    table = torch.load(prepare.cache_root() / "model.pt")["weights"]["lookups.memory.table"]
+    total = prepare.read_manifest()["train_tokens"]
+    assert len(table) == 2 and table.count_nonzero(1).min() > 0.02 * total and total < table.size(1) <= 2 * total
+
+
+def test_a_slow_memory_leaves_a_short_run_time_to_train(small_main, monkeypatch):
+    def slowly(*args, after=train.tokens_after):
+        for tokens in after(*args, at_once=500):
+            time.sleep(0.2)
+            yield tokens
+
+    for name, value in dict(MEMORY=(2,), TRAIN_ROWS=8, tokens_after=slowly).items():
+        monkeypatch.setattr(train, name, value)
+    record = small_main()
+    assert record["status"] == "ok" and record["num_steps"] > 2
+
+
+@pytest.mark.parametrize("name, value, low", [("AUTORESEARCH_TIME_BUDGET", "soon", 1), ("AUTORESEARCH_SEED", "1.5", 0),
+                                              ("AUTORESEARCH_TIME_BUDGET", "-3", 1)])
+def test_a_bad_number_in_the_environment_is_named(toy, monkeypatch, name, value, low):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(prepare.PrepareError, match=f"error: {name}='{value}' is not a number of at least {low}; set"):
+        train.main()
+
+
+def test_no_prepared_data_is_one_sentence(tmp_path):
+    run = run_train("train.py", 1, AUTORESEARCH_CACHE=str(tmp_path))
+    assert run.returncode == 1 and run.stdout == ""
+    assert re.fullmatch(r"error: no prepared data in .*; run: uv run prepare.py .*\n", run.stderr)
+
+
+# The interface of the original: a train.py that knows its five names and nothing else
+
+FIVE_NAMES = """
+import torch, torch.nn as nn, torch.nn.functional as F
+from prepare import MAX_SEQ_LEN, TIME_BUDGET, Tokenizer, make_dataloader, evaluate_bpb
+
+class Bigram(nn.Module):
+    def __init__(self, vocab_size):
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, idx, targets=None, reduction="mean"):
+        logits = self.table(idx)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1, reduction=reduction)
+
+tokenizer = Tokenizer.from_directory()
+assert tokenizer.decode(tokenizer.encode(["a b"], prepend=tokenizer.get_bos_token_id())[0]) == "<|reserved_0|>a b"
+model = torch.compile(Bigram(tokenizer.get_vocab_size()), backend="eager")
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+loader = make_dataloader(tokenizer, 4, MAX_SEQ_LEN, "train")
+print("before:", evaluate_bpb(model, tokenizer, 4))
+for step in range(30):
+    x, y, epoch = next(loader)
+    loss = model(x, y)
+    loss.backward()
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+with torch.autocast("cpu", torch.bfloat16):
+    print("after:", evaluate_bpb(model, tokenizer, 4))
+print("budget:", TIME_BUDGET)
+"""
+
+
+def test_a_train_py_of_the_original_runs(toy, tmp_path):
+    (tmp_path / "train.py").write_text(FIVE_NAMES)
+    run = run_train("train.py", 5, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    said = dict(line.split(": ") for line in run.stdout.splitlines())
+    assert float(said["after"]) < 0.8 * float(said["before"])
+    assert float(said["budget"]) == 5
+
+
+# Import
+
+
+def test_import_is_silent_and_needs_neither_data_nor_gpu(tmp_path):
+    code = "import prepare, train, torch; assert not torch.cuda.is_initialized()"
+    env = os.environ | dict(AUTORESEARCH_CACHE=str(tmp_path / "none"))
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    assert not (tmp_path / "none").exists()
+
+
+def test_only_main_reads_the_constants():
+    source = (ROOT / "train.py").read_text()
+    constants = {*re.findall(r"\b([A-Z][A-Z0-9_]+)\b", re.sub("#.*", "", source[: source.index("# === Model")]))}
+    constants = {name for name in constants if hasattr(train, name)} - {"SCALE", "GPT"}
+    assert len(constants) > 20
+    body = source[source.index("# === Model") : source.index("def main")]
+    code = re.sub(r'"""[\s\S]*?"""|#.*|"[^"\n]*"', "", body)
+    assert not [name for name in constants if re.search(rf"\b{name}\b", code)]
+    main = source[source.index("def main") :]
+    assert not [name for name in constants if not re.search(rf"\b{name}\b", main)]
+
+
+def test_prepare_offers_the_names_of_the_original(toy):
+    assert prepare.MAX_SEQ_LEN == 256 and prepare.TIME_BUDGET == 300
+    with pytest.raises(AttributeError):
+        prepare.NO_SUCH_NAME  # noqa: B018
