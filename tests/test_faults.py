@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import begin, document, driver_of, start, until
+from conftest import SCRIPT, begin, document, driver_of, start, until
 from hub import Hub, write_shard
 
 import prepare
@@ -111,7 +111,7 @@ def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
 
         def prepare_for(seconds):
             """The exit code of prepare.py, killed after so many seconds."""
-            begin(driver, ["prepare.py", *ARGS], Path(prepare.__file__).parent, tmp_path, env)
+            begin(driver, ["prepare.py", *ARGS], SCRIPT.parent, tmp_path, env)
             until((tmp_path / "pid").exists, "the start of prepare.py")
             pid, end = int((tmp_path / "pid").read_text()), time.monotonic() + seconds
             until(lambda: (tmp_path / "exit").exists() or time.monotonic() > end, "its end")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import requests
-from test_run import BREAKS, Lab, prepared, until
+from conftest import until
+from test_run import BREAKS, Lab, prepared
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
