@@ -312,6 +312,7 @@ class Run:
         try:
             self.device = default_device()
             self.lock()
+            print(f"commit {self.record['commit']}, seed {self.seed}: {self.record['description']}", flush=True)
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
         return self

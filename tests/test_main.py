@@ -38,7 +38,7 @@ def test_one_experiment_from_start_to_report(toy):
     assert 3 <= float(report["training_seconds"]) < 5
     assert 0 < float(report["val_bpb"]) < 4
     assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.2
-    assert "\r" not in first.stdout
+    assert "\r" not in first.stdout and first.stdout.startswith(f"commit {report['commit']}, seed 42: ")
     assert first.stdout.count("\nit writes:\n    ") == 2
     saved = torch.load(prepare.cache_root() / "model.pt")
     model = train.GPT(train.GPTConfig(**saved["config"]))
