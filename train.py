@@ -49,7 +49,7 @@ SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at al
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens of an optimizer step, rounded to whole rows; 2**19 has too few steps
 DEVICE_BATCH = 64  # rows of a forward at most: about 34 GB; halved by itself when out of memory
-COMPILE = True  # torch.compile for the training step; on two cores a third more steps, for 20 to 120 s before it
+COMPILE = True  # torch.compile for the training step: a third more steps on two cores, for 20 to 120 s before the clock
 
 # Optimizer: learning rates hold at width 768, those of AdamW's matrices scale with (N_EMBD / 768)^-0.5
 MATRIX_LR = 0.04  # Muon
