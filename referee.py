@@ -2,6 +2,7 @@
 The referee of autoresearch: it scores the model, keeps the clock, and reports and logs the run. Nobody edits this file.
 
     from referee import Run     what train.py runs in: see there
+    uv run referee.py           prints the runs of this branch so far, those with other seeds, too
 
 Three rooms, each using only those above it and prepare.py: grep -A3 '^# ===' referee.py
 """
@@ -192,12 +193,12 @@ def whole_lines(path):
     return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
-def journal():
-    """The records of all runs of this machine so far."""
+def journal(**like):
+    """The records of the runs of this machine so far that have these values."""
     for line in whole_lines(cache_root() / "runs.jsonl"):
         with contextlib.suppress(ValueError):  # half a line
             record = json.loads(line)
-            if isinstance(record, dict):
+            if isinstance(record, dict) and all(record.get(key) == value for key, value in like.items()):
                 yield record
 
 
@@ -228,6 +229,21 @@ def noise(records):
     freedom = sum(len(values) - 1 for values in repeated.values())
     squares = sum((len(values) - 1) * np.var(values, ddof=1) for values in repeated.values() if len(values) > 1)
     return math.sqrt(squares / freedom) if freedom else math.nan
+
+
+def tokens_per_second(record):
+    return record["total_tokens"] / record["training_seconds"] if record["training_seconds"] else 0.0
+
+
+def show_runs(budget):
+    """Print the runs of `budget` seconds on this repository's branch; * stands before commits not taken back."""
+    history, branch = ancestry(), git("branch", "--show-current")
+    print("  commit     seed    val_bpb  tokens/s  status   description")
+    for r in journal(repository=str(REPOSITORY), branch=branch, time_budget=budget):
+        status = r["row"].split("\t")[3] if "row" in r else r["status"]
+        print("*" if r["commit"] in history else " ",
+              f"{r['commit']:<8} {r['seed']:>6}  {r['val_bpb'] or 0:9.6f}  {tokens_per_second(r):8.0f}  "
+              f"{status:<8} {' '.join(r['description'].split())}")
 
 
 # === 3. Run: clock, watcher, lock and report ==========================================================================
@@ -459,7 +475,7 @@ class Run:
         r = self.record
         r |= dict(error=" ".join(r["error"].split())[:500], total_seconds=time.monotonic() - OPENED)
         logged = r["standard"] and r["device"] != "n/a"  # which it is before the run has the device
-        records = [old for old in journal() if all(old.get(key) == r[key] for key in ("repository", "branch"))]
+        records = [*journal(repository=r["repository"], branch=r["branch"])]
         comparable = [old for old in records if all(old.get(key) == r[key] for key in ("time_budget", "data"))]
         history = ancestry()
         lines = results(records)  # a commit that was taken back is not in the history, and no mark to beat
@@ -486,7 +502,7 @@ class Run:
                     and old["commit"] in history and old["commit"] != r["commit"]]
             if like:
                 verdict += f"; the last such run of kept code: {like[-1]['val_bpb']:.6f} ({like[-1]['commit']})"
-        rate = r["total_tokens"] / r["training_seconds"] if r["training_seconds"] else 0.0
+        rate = tokens_per_second(r)
         peak = next((flops for part, flops in PEAK_FLOPS.items() if part in r["device"]), None)
         spread = noise([*comparable, r])
         block = dict(
@@ -513,3 +529,6 @@ class Run:
 
 
 PRISTINE = fingerprint()
+
+if __name__ == "__main__":
+    show_runs(time_budget())
