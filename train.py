@@ -13,7 +13,6 @@ import functools
 import math
 import os
 import shutil
-import sys
 import sysconfig
 import timeit
 from dataclasses import asdict, dataclass
@@ -496,9 +495,10 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
 
 def fast_dtype(device):
     """bf16 where the device computes in it: CUDA from sm_80 on, a CPU on which it measures faster; fp32 elsewhere."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
     if device.type != "cpu":
-        ampere = device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-        return torch.bfloat16 if ampere else torch.float32
+        return torch.float32
     matrices = (torch.ones(1024, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x.mT, number=1, repeat=10)) for x in matrices)
     return torch.bfloat16 if bf16 < 0.8 * fp32 else torch.float32
@@ -508,13 +508,6 @@ def can_compile(device):
     """Whether torch.compile has what it needs: on a CPU a C++ compiler and the headers of Python."""
     headers = os.path.join(sysconfig.get_path("include"), "Python.h")
     return device.type == "cuda" or (device.type == "cpu" and bool(shutil.which("g++")) and os.path.exists(headers))
-
-
-def keep_freed_blocks():
-    """Have the C library keep freed blocks of any size: on a CPU, fetching them anew took a quarter of a step."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for parameter, size in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def split_batch(rows, at_most):
@@ -585,7 +578,9 @@ def sample(model, idx, count, temperature=0.8):
 
 def main():
     with Run(globals()) as run:
-        keep_freed_blocks()
+        if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # of glibc: to fetch freed blocks anew took a third of a step
+            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD; for a CPU, where the step is not compiled
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
         compiled = COMPILE and can_compile(run.device)
@@ -605,9 +600,7 @@ def main():
         run.note(depth=DEPTH, num_params=num_params, attention=config.attention, flops_per_token=flops)
         print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if compiled else 'not '}compiled")
 
-        set_schedules(optimizers, 0.0, WARMDOWN, FINAL_LR, MOMENTUM)
-        rows = max(1, round(TOTAL_BATCH / T))
-        micro, forwards = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
+        micro, forwards = warm_up(loss_fn, model, optimizers, max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH, run.device)
         run.note(rows=micro, forwards=forwards, shape=str(config))
         print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
