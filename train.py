@@ -70,7 +70,7 @@ if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores wit
     HEAD_DIM = 64  # tried 128: equal
     RECALL = (1, 2, 3)  # tried none: far worse; 4 and 6 beside: little
     MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.17; (2, 3, 4, 6): +0.025; 16 beside: equal
-    EMBED_LR = 0.2  # tried 0.4, 0.8: worse
+    MATRIX_LR, EMBED_LR, HEAD_LR = 0.02, 0.05, 0.002  # tried 0.04, 0.2, 0.008: +0.02; 0.01, 0.03, 0.001: +0.015
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     WINDOW_PATTERN = "L"
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
