@@ -43,6 +43,7 @@ MEMORY_SLOTS = 2**24  # n-grams of each length at most, 4 bytes each: 470 MB wit
 TRAIN_ROWS = 2**14  # with MEMORY the model trains on so many rows: on those of the rest it would learn blind trust
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
+SHIFT_KEYS = False  # half of a key is that of the token before; not tried on a GPU
 SOFTCAP = 15.0  # logits are capped to (-SOFTCAP, SOFTCAP) by tanh; 0: not at all
 
 # Batch and speed
@@ -72,6 +73,7 @@ if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores wit
     MEMORY = (2, 3, 4, 5, 6, 8, 12)  # tried none: +0.17; (2, 3, 4, 6): +0.025; 16 beside: equal
     MATRIX_LR, EMBED_LR, HEAD_LR = 0.02, 0.05, 0.002  # tried 0.04, 0.2, 0.008: +0.02; 0.01, 0.03, 0.001: +0.015
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
+    SHIFT_KEYS = True  # tried False: +0.035
     WINDOW_PATTERN = "L"
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     SOFTCAP = 0.0
@@ -97,6 +99,7 @@ class GPTConfig:
     softcap: float
     dtype: torch.dtype  # of activations; weights are kept in fp32
     attention: str  # see attention_kernel()
+    shift_keys: bool = False
     recall: tuple = ()
     memory: tuple = ()
     memory_slots: int = 0
@@ -301,6 +304,9 @@ class Attention(nn.Module):
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.GATE_CHANNELS]))
             v = v + gate[..., None] * value_embed.view(B, T, -1, c.head_dim)
         q, k = (rotate(norm(x) * c.qk_gain, cos, sin) for x in (q, k))
+        if c.shift_keys:  # the half that rotates slowly is that of the token before: induction in one layer
+            fast, slow = k.unflatten(-1, (2, -1)).chunk(2, dim=-1)
+            k = torch.cat((fast, F.pad(slow[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))), dim=-1).flatten(-2)
         return self.c_proj(attend(q, k, v, self.window, self.kernel).reshape(B, T, C))
 
 
@@ -589,7 +595,7 @@ def main():
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD, head_dim=HEAD_DIM,
             mlp_ratio=MLP_RATIO, windows=layer_windows(WINDOW_PATTERN, DEPTH, SHORT_WINDOW, T),
             value_embed_every=VALUE_EMBED_EVERY, rope_base=ROPE_BASE, qk_gain=QK_GAIN, softcap=SOFTCAP,
-            dtype=dtype, attention=attention_kernel(run.device, dtype, T), recall=RECALL,
+            dtype=dtype, attention=attention_kernel(run.device, dtype, T), shift_keys=SHIFT_KEYS, recall=RECALL,
             memory=MEMORY, memory_slots=min(MEMORY_SLOTS, 2 ** run.data["train_tokens"].bit_length()),
         )
         model = GPT(config).to(run.device)

@@ -127,8 +127,21 @@ def test_rotation_depends_on_distance_alone():
     assert abs(near - turned[0][5] @ turned[1][3]) > 1e-3
 
 
-def test_no_logit_depends_on_a_later_token():
-    model = wake(tiny_gpt())
+def test_a_shifted_key_is_half_that_of_the_token_before():
+    keys, ids = [], torch.randint(50, (2, 24))
+    for shift_keys in (False, True):
+        model = wake(tiny_gpt(shift_keys=shift_keys, n_layer=1, windows=[24]))
+        model.blocks[0].attn.kernel = lambda q, k, v, **_: keys.append(k) or v
+        model(ids)
+    (plain, shifted), slow = keys, [4, 5, 6, 7, 12, 13, 14, 15]  # of the frequencies 0 .. 7, twice
+    assert torch.equal(shifted[:, 1:, :, slow], plain[:, :-1, :, slow]) and not shifted[:, 0, :, slow].any()
+    fast = [i for i in range(16) if i not in slow]
+    assert torch.equal(shifted[..., fast], plain[..., fast])
+
+
+@pytest.mark.parametrize("shift_keys", [False, True])
+def test_no_logit_depends_on_a_later_token(shift_keys):
+    model = wake(tiny_gpt(shift_keys=shift_keys))
     ids = torch.randint(50, (1, 24))
     changed = ids.clone()
     changed[0, 11:] = (ids[0, 11:] + 1) % 50
