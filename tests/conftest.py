@@ -18,6 +18,7 @@ from hub import Hub, write_shard
 # Before any test module imports prepare or train, which look for prepared data.
 for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or name in ("HF_ENDPOINT", "HF_TOKEN")]:
     del os.environ[name]
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process started here compiles torch anew: 7 s
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
 os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost",
                    OMP_NUM_THREADS="1")  # on a busy machine, threads that wait for each other crawl
