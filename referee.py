@@ -13,6 +13,7 @@ import math
 import os
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -432,8 +433,9 @@ class Run:
             status, reason = "crash", "the run ended without a score"
         if status in ("crash", "oom") and self.record["val_bpb"] is not None:
             status = "ok"  # the score holds, whatever was raised after it
-        if torch.cuda.is_initialized():
-            self.record["peak_vram_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else peak  # without VRAM, of the process
+        self.record["peak_vram_mb"] = peak / 2**20
         with contextlib.suppress(OSError):  # nobody reads the output
             sys.stdout.flush()
         self.note(status=status, error=reason)

@@ -191,6 +191,12 @@ def endings(driver, toy, tmp_path_factory):
     return labs
 
 
+def memory_gb(record):
+    """The column of results.tsv: without a GPU of the process, which has imported torch."""
+    assert record["peak_vram_mb"] > 100
+    return f"{record['peak_vram_mb'] / 1024:.1f}"
+
+
 @pytest.mark.parametrize("name", ENDINGS)
 def test_every_ending_is_reported(endings, name):
     lab, (_, status, error, expected_code) = endings[name], ENDINGS[name]
@@ -201,7 +207,7 @@ def test_every_ending_is_reported(endings, name):
     [record], [row] = lab.journal(), lab.results()
     assert [record[key] for key in ("status", "error", "commit")] == [status, block.get("error", ""), block["commit"]]
     assert record["depth"] == 1 and record["num_steps"] >= 1 and record["constants"]["TOTAL_BATCH"] == 256
-    scored = [block["val_bpb"], "0.0", "keep"] if status == "ok" else ["0.000000", "0.0", "crash"]
+    scored = [block["val_bpb"], memory_gb(record), "keep"] if status == "ok" else ["0.000000", "0.0", "crash"]
     assert row == [block["commit"], *scored, "baseline"]
     last = log[-3_000:]
     assert f"\nstatus:           {status}\n" in last
@@ -268,7 +274,7 @@ def test_rows_and_verdicts_agree(lab):
         block = lab.experiment()
         assert block["verdict"] == f"{status} ({best})"
         hash = lab.git("rev-parse", "--short=7", "HEAD")
-        expected.append([hash, block["val_bpb"], "0.0", status, "tabs and lines of cafés"])
+        expected.append([hash, block["val_bpb"], memory_gb(lab.journal()[-1]), status, "tabs and lines of cafés"])
         assert lab.results() == expected and lab.journal()[-1]["row"] == "\t".join(expected[-1])
         assert lab.journal()[-1]["constants"] == dict(WASTE=waste)
 
@@ -317,7 +323,7 @@ def test_an_error_after_the_score_does_not_lose_it(lab):
     lab.start()
     code, log, block = lab.end()
     assert (code, block["status"], block["error"]) == (0, "ok", "ValueError: the sample") and "Traceback" in log
-    assert [row[1:4] for row in lab.results()] == [[block["val_bpb"], "0.0", "keep"]]
+    assert [row[1:4] for row in lab.results()] == [[block["val_bpb"], memory_gb(lab.journal()[0]), "keep"]]
 
 
 @pytest.mark.parametrize("line, status", [
@@ -365,7 +371,8 @@ def test_rows_come_from_the_file_and_the_journal(lab):
     (lab.cache / "runs.jsonl").write_text("\n".join(lines))
     block = lab.experiment()
     assert block["verdict"] == "keep (first)"
-    new = [block["commit"], block["val_bpb"], "0.0", "keep", "baseline"]
+    last = json.loads((lab.cache / "runs.jsonl").read_text().splitlines()[-1])
+    new = [block["commit"], block["val_bpb"], memory_gb(last), "keep", "baseline"]
     assert lab.results() == [by_hand.split("\t"), ["a row in both"], ["lost"], ["lost"], new]
 
 
@@ -421,7 +428,8 @@ def try_all(lab, variant):
             lab.git("commit", "-q", "-m", f"{number} {what}", "-a" if variant == "ignored" else "train.py")
         block = lab.experiment()
         subject = lab.git("log", "-1", "--format=%s")
-        rows[branch].append([block["commit"], block.get("val_bpb", "0.000000"), "0.0", status, subject])
+        scored = [block["val_bpb"], memory_gb(lab.journal()[-1])] if "val_bpb" in block else ["0.000000", "0.0"]
+        rows[branch].append([block["commit"], *scored, status, subject])
         now = lab.results()
         assert all(now.count(row) == rows[branch].count(row) for row in rows[branch]), (number, now)
         if after == "reset":
