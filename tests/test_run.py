@@ -290,20 +290,28 @@ def test_a_commit_taken_back_is_no_mark_to_beat(lab):
     first, _, third = (row[1] for row in lab.results() if row[3] == "keep")
     best = [f"best was {first}"] * 2 + [f"best was {third}"]
     assert verdicts == ["keep (first)", *(f"{s} ({b})" for s, b in zip(["keep", "keep", "discard"], best, strict=True))]
-    # and referee.py shows it without the mark of those that stand, beside the runs with another seed
-    confirmed = lab.experiment(AUTORESEARCH_SEED="1")
+
+
+def test_the_runs_of_a_branch_are_shown_with_their_seeds(lab):
+    seen = [lab.experiment(), lab.experiment(AUTORESEARCH_SEED="1")]
+    for waste, line in ((4, "pass"), (3, "1 / 0")):
+        lab.set_waste(waste)
+        lab.set_in_loop(line)
+        lab.commit(f"try\t{waste}")
+        seen.append(lab.experiment())
+        lab.git("reset", "-q", "--hard", "HEAD~1")
     lab.experiment(AUTORESEARCH_TIME_BUDGET="1")
     env = dict(AUTORESEARCH_CACHE=str(lab.cache))
     begin(lab.driver, [str(lab.repository / "referee.py")], lab.repository, lab.folder, env)
     lab.wait()
     header, *lines = (lab.folder / "run.log").read_text().splitlines()
     assert header.split() == ["commit", "seed", "val_bpb", "tokens/s", "status", "description"]
-    assert "".join(line[0] for line in lines) == "* ***"
-    rows = [[row[0], "42", row[1], *row[3:]] for row in lab.results()]
-    rows.append([confirmed["commit"], "1", confirmed["val_bpb"], "ok", "try 5.5"])
-    fields = [line[1:].split(maxsplit=5) for line in lines]
-    assert [[*words[:3], *words[4:]] for words in fields] == rows
-    assert fields[-1][3] == confirmed["tokens_per_second"]
+    statuses, texts = ("keep", "ok", "keep", "crash"), ("baseline", "baseline", "try 4", "try 3")
+    assert [line[0] for line in lines] == ["*", "*", " ", " "]
+    assert [line[1:].split(maxsplit=5) for line in lines] == [
+        [run["commit"], run["seed"], run.get("val_bpb", "0.000000"), run["tokens_per_second"], *words]
+        for run, *words in zip(seen, statuses, texts, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name, mark", [("train.py", "+"), ("prepare.py", "+"), ("referee.py", "+"), ("README.md", "")])
