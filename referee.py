@@ -433,9 +433,10 @@ class Run:
             status, reason = "crash", "the run ended without a score"
         if status in ("crash", "oom") and self.record["val_bpb"] is not None:
             status = "ok"  # the score holds, whatever was raised after it
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if torch.cuda.is_initialized():  # else all memory of the process
+        if torch.cuda.is_initialized():
             peak = torch.cuda.max_memory_allocated()
+        else:  # all memory of the process
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         self.record["peak_vram_mb"] = peak / 2**20
         with contextlib.suppress(OSError):  # nobody reads the output
             sys.stdout.flush()

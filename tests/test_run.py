@@ -192,7 +192,9 @@ def endings(driver, toy, tmp_path_factory):
 
 
 def memory_gb(record):
-    """The column of results.tsv: without a GPU of the process, which has imported torch."""
+    """The column of results.tsv: without a GPU of the process, which has imported torch; 0 without a score."""
+    if record["status"] != "ok":
+        return "0.0"
     assert record["peak_vram_mb"] > 100
     return f"{record['peak_vram_mb'] / 1024:.1f}"
 
@@ -436,8 +438,8 @@ def try_all(lab, variant):
             lab.git("commit", "-q", "-m", f"{number} {what}", "-a" if variant == "ignored" else "train.py")
         block = lab.experiment()
         subject = lab.git("log", "-1", "--format=%s")
-        scored = [block["val_bpb"], memory_gb(lab.journal()[-1])] if "val_bpb" in block else ["0.000000", "0.0"]
-        rows[branch].append([block["commit"], *scored, status, subject])
+        val_bpb, memory = block.get("val_bpb", "0.000000"), memory_gb(lab.journal()[-1])
+        rows[branch].append([block["commit"], val_bpb, memory, status, subject])
         now = lab.results()
         assert all(now.count(row) == rows[branch].count(row) for row in rows[branch]), (number, now)
         if after == "reset":
