@@ -483,7 +483,8 @@ class Run:
         comparable = [old for old in records if all(old.get(key) == r[key] for key in ("time_budget", "data"))]
         history = ancestry()
         lines = results(records)  # a commit that was taken back is not in the history, and no mark to beat
-        best = best_kept(lines, history)
+        elsewhere = {old.get("row") for old in records} - {old.get("row") for old in comparable}  # on other data
+        best = best_kept([line for line in lines if line not in elsewhere], history)
         verdict = "crash"
         if r["status"] == "ok":
             verdict = "keep" if round(r["val_bpb"], 6) < best else "discard"

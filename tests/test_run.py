@@ -294,6 +294,17 @@ def test_a_commit_taken_back_is_no_mark_to_beat(lab):
     assert verdicts == ["keep (first)", *(f"{s} ({b})" for s, b in zip(["keep", "keep", "discard"], best, strict=True))]
 
 
+def test_a_run_on_other_data_is_no_mark_to_beat(lab):
+    first = lab.experiment()
+    journal = lab.cache / "runs.jsonl"
+    journal.write_text(journal.read_text().replace(f'"data": "{first["data"]}"', '"data": "other-small"'))
+    lab.set_waste(11)
+    lab.commit("worse, but on its own data")
+    second = lab.experiment()
+    assert second["verdict"] == "keep (first)"
+    assert lab.experiment()["verdict"] == f"discard (best was {second['val_bpb']})"
+
+
 def test_the_runs_of_a_branch_are_shown_with_their_seeds(lab):
     seen = [lab.experiment(), lab.experiment(AUTORESEARCH_SEED="1")]
     for waste, line in ((4, "pass"), (3, "1 / 0")):
