@@ -67,8 +67,9 @@ def test_settings_let_the_agent_edit_the_player_and_run_the_loop():
     edited = [rule[7:-1] for rule in rules["allow"] if rule.startswith("Edit(./")]
     patterns = [rule[5:-1] for rule in rules["allow"] if rule.startswith("Bash(")]
     assert edited == ["train.py", "run.log", ".gitignore"] and len(edited + patterns) == len(rules["allow"])
-    commands = re.findall(r"(?:^ +|`)((?:(?:git|uv|echo|tail|cat) |AUTORESEARCH_\w+=)[^`\n]*)", PROGRAM, re.M)
-    parts = [part.replace(" 2>&1", "") for command in commands if " " in command for part in command.split(" && ")]
+    commands = re.findall(r"(?:^ +|`)((?:(?:git|uv|echo|tail|cat) |ls\b|AUTORESEARCH_\w+=)[^`\n]*)", PROGRAM, re.M)
+    commands = [command for command in commands if " " in command or command == "ls"]
+    parts = [part.replace(" 2>&1", "") for command in commands for part in command.split(" && ")]
     redirected = [re.split(" >+ ", part) for part in parts]  # to a file that may be edited
     assert {target for _, *targets in redirected for target in targets} == {*edited}
     refused = [part for part, *_ in redirected if not any(fnmatch(part, p) or fnmatch(f"{part} ", p) for p in patterns)]
