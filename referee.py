@@ -162,7 +162,7 @@ def evaluate_bpb(model, tokenizer, batch_size):
 # === 2. Log: the journal, which is never lost, and results.tsv, which git may take rows out of ========================
 # reads: git, results.tsv, <root>/runs.jsonl
 # writes: results.tsv, <root>/runs.jsonl
-# used by: the run
+# used by: the run, you, analysis.ipynb
 
 REPOSITORY = Path(__file__).parent
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"  # of results.tsv
@@ -239,12 +239,15 @@ def tokens_per_second(record):
 def show_runs(budget):
     """Print the runs of `budget` seconds on this repository's branch; * stands before commits not taken back."""
     history, branch = ancestry(), git("branch", "--show-current")
+    records = [*journal(repository=str(REPOSITORY), branch=branch, time_budget=budget)]
     print("  commit     seed    val_bpb  tokens/s  status   description")
-    for r in journal(repository=str(REPOSITORY), branch=branch, time_budget=budget):
-        status = r["row"].split("\t")[3] if "row" in r else r["status"]
+    for r in records:
+        status = r["row"].split("\t")[3] if "row" in r and r["status"] == "ok" else r["status"]
         print("*" if r["commit"] in history else " ",
               f"{r['commit']:<8} {r['seed']:>6}  {r['val_bpb'] or 0:9.6f}  {tokens_per_second(r):8.0f}  "
               f"{status:<8} {' '.join(r['description'].split())}")
+    spread = noise(records)
+    print(f"noise: {spread:.6f}" if spread >= 0 else "noise: not known, no commit was run twice")
 
 
 # === 3. Run: clock, watcher, lock and report ==========================================================================
@@ -279,6 +282,13 @@ def time_budget():
     return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1)
 
 
+def peak_memory():
+    """Bytes that tensors took on the GPU at most; without a GPU all that the process took."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def fingerprint():
     """What a player could replace at run time: constants by value, functions and methods by their code."""
     things = vars(prepare) | globals()
@@ -298,6 +308,7 @@ class Run:
         self.seed, self.budget, self.grace = env_number("AUTORESEARCH_SEED", 42, 0), time_budget(), grace
         self.data, self.started, self.witness = read_manifest(thorough=True), None, None
         self.losses, self.late_loss, self.lines, self.lock_file = deque(maxlen=20), None, 0, None
+        self.reported = False
         dirty = "+" if git("status", "--porcelain", "--", "train.py", "prepare.py", "referee.py") else ""
         files = {name: sha256[:16] for name, (_, sha256) in self.data["files"].items()}
         self.record = dict(  # what the report and the journal say
@@ -324,7 +335,7 @@ class Run:
             except BaseException:
                 traceback.print_exc()
             finally:
-                os._exit(0)
+                os._exit(not self.reported)
         os.close(told)
         try:
             self.device = default_device()
@@ -350,9 +361,9 @@ class Run:
         """Tell the report what was built: depth, num_params, flops_per_token, attention."""
         if "val_bpb" in facts:
             raise Refused("val_bpb comes from score() alone")
-        self.record |= facts
+        self.record |= facts | dict(peak_vram_mb=peak_memory() / 2**20)
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the watcher
-            os.write(self.pipe, json.dumps(self.record, default=str).encode() + b"\n")
+            os.write(self.pipe, json.dumps(self.record, default=str, skipkeys=True).encode() + b"\n")
 
     def start(self):
         """Start the clock; all before was start-up."""
@@ -406,7 +417,8 @@ class Run:
                 or self.started - OPENED != self.record["startup_seconds"]):
             raise Refused("the clock was set: start() and the time budget must stay as they are")
         if not 0.98 * self.budget <= seconds <= 1.01 * self.budget + 2:
-            raise Refused(f"trained for {seconds:.1f} s of a budget of {self.budget:.1f} s: stop when progress() is 1")
+            raise Refused(f"trained for {seconds:.1f} s of a budget of {self.budget:.1f} s: stop when progress() is 1, "
+                          "and let no step take more than 1% of it")
         self.intact()
         value = evaluate_bpb(model, tokenizer, batch_size)
         self.intact()
@@ -433,15 +445,10 @@ class Run:
             status, reason = "crash", "the run ended without a score"
         if status in ("crash", "oom") and self.record["val_bpb"] is not None:
             status = "ok"  # the score holds, whatever was raised after it
-        if torch.cuda.is_initialized():
-            peak = torch.cuda.max_memory_allocated()
-        else:  # all memory of the process
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.record["peak_vram_mb"] = peak / 2**20
         with contextlib.suppress(OSError):  # nobody reads the output
             sys.stdout.flush()
         self.note(status=status, error=reason)
-        if os.waitpid(self.watcher, 0)[1]:  # somebody has killed the watcher
+        if os.waitpid(self.watcher, 0)[1]:  # the watcher was killed, or has failed
             self.report()
         os.close(self.pipe)
         if self.lock_file:
@@ -460,8 +467,8 @@ class Run:
             left = deadline - time.monotonic()
             if left <= 0 and os.getppid() == run:
                 os.kill(run, signal.SIGSTOP)
-                late = f"still running {self.grace:.0f} s after its time budget of {self.budget:.0f} s"
-                self.record |= dict(status="timeout", error=late)
+                error = f"still running {self.grace:.0f} s after its time budget of {self.budget:.0f} s"
+                self.record |= dict(status="timeout", error=error)
             elif left > 0 and select.select([told], [], [], min(left, 1.0))[0]:
                 block = os.read(told, 1 << 16)
                 *lines, text = (text + block).split(b"\n")
@@ -470,8 +477,11 @@ class Run:
                     self.record |= dict(status="crash", error=KILLED)
             elif os.getppid() != run:  # what it has started lives on and holds the pipe
                 self.record |= dict(status="crash", error=KILLED)
+        late = self.record["status"] == "timeout"
+        if self.record["val_bpb"] is not None and self.record["status"] in ("crash", "timeout"):
+            self.record["status"] = "ok"  # as in __exit__
         self.report()
-        if self.record["status"] == "timeout":
+        if late:
             os.kill(run, signal.SIGKILL)
 
     def report(self):
@@ -484,7 +494,7 @@ class Run:
         history = ancestry()
         lines = results(records)  # a commit that was taken back is not in the history, and no mark to beat
         elsewhere = {old.get("row") for old in records} - {old.get("row") for old in comparable}  # on other data
-        best = best_kept([line for line in lines if line not in elsewhere], history)
+        best = best_kept([line for line in lines if line not in elsewhere], {*history} - {r["commit"]})
         verdict = "crash"
         if r["status"] == "ok":
             verdict = "keep" if round(r["val_bpb"], 6) < best else "discard"
@@ -494,11 +504,12 @@ class Run:
                 row[1:4] = f"{r['val_bpb']:.6f}", f"{r['peak_vram_mb'] / 1024:.1f}", verdict
             r["row"] = "\t".join(row)
         try:
-            append_line(cache_root() / "runs.jsonl", json.dumps(r, default=str))
+            append_line(cache_root() / "runs.jsonl", json.dumps(r, default=str, skipkeys=True))
             if logged:
                 prepare.write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in [*lines, r["row"]]))
         except OSError as error:
             r["error"] += f" NOT LOGGED: {error}"
+        self.reported = True
         verdict += f" (best was {best:.6f})" if best < math.inf else " (first)"
         if not logged:
             why = "no device" if r["standard"] else "AUTORESEARCH_TIME_BUDGET or AUTORESEARCH_SEED is set"

@@ -553,7 +553,7 @@ def test_a_loader_that_cannot_be_says_so(toy, B, T, split):
 
 
 # ======================================================================================================================
-# 6. Evaluation
+# referee.py: 1. Evaluation
 
 
 class Causal(nn.Module):
@@ -631,7 +631,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_else(toy, expected):
 
 
 # ======================================================================================================================
-# 8. main, as a command
+# 6. main, as a command
 
 MISTAKES = [
     ["--num-shards", "0"], ["--data", "nowhere/at/all"], ["--data", ""], ["--num-shards", "abc"],

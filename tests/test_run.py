@@ -156,7 +156,7 @@ ENDINGS = {  # what happens after the third step, a line or a signal: status, er
     "exit": ("sys.exit('gave up')", "crash", "SystemExit: gave up", 1),
     "nan": ("loss.mul_(math.nan)", "nan", "training loss is nan at step 3", 1),
     "oom": ("raise torch.OutOfMemoryError('of 80 GB')", "oom", "OutOfMemoryError: of 80 GB", 1),
-    "refused": ("break", "refused", r"trained for 0\.\d s of a budget of 1\.2 s: stop when progress\(\) is 1", 1),
+    "refused": ("break", "refused", r"trained for 0\.\d s of a budget of 1\.2 s: stop when progress\(\) is 1, .*", 1),
     "ok": ("pass", "ok", "", 0),
 }
 
@@ -166,7 +166,8 @@ def small_train(line, grace):
     source = (ROOT / "train.py").read_text()
     changes = {rf"^    {name} = .*": f"    {name} = {value}"
                for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256).items()}
-    changes |= {"^COMPILE = .*": "COMPILE = False", r"Run\(globals\(\)": f"Run(globals(), grace={grace}",
+    changes |= {"^COMPILE = .*": "COMPILE = False", r"(?<=MIX = 8, 10, )2..14": "2**6",
+                r"Run\(globals\(\)": f"Run(globals(), grace={grace}",
                 "(?<=run.step.loss, forwards . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
     for old, new in changes.items():
         source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)
@@ -301,7 +302,8 @@ def test_a_run_on_other_data_is_no_mark_to_beat(lab):
     lab.set_waste(11)
     lab.commit("worse, but on its own data")
     second = lab.experiment()
-    assert second["verdict"] == "keep (first)"
+    assert second["verdict"] == lab.experiment()["verdict"] == "keep (first)"  # nor is what is run again
+    lab.commit("the same")
     assert lab.experiment()["verdict"] == f"discard (best was {second['val_bpb']})"
 
 
@@ -317,8 +319,9 @@ def test_the_runs_of_a_branch_are_shown_with_their_seeds(lab):
     env = dict(AUTORESEARCH_CACHE=str(lab.cache))
     begin(lab.driver, [str(lab.repository / "referee.py")], lab.repository, lab.folder, env)
     lab.wait()
-    header, *lines = (lab.folder / "run.log").read_text().splitlines()
+    header, *lines, last = (lab.folder / "run.log").read_text().splitlines()
     assert header.split() == ["commit", "seed", "val_bpb", "tokens/s", "status", "description"]
+    assert last == "noise: 0.000000"
     statuses, texts = ("keep", "ok", "keep", "crash"), ("baseline", "baseline", "try 4", "try 3")
     assert [line[0] for line in lines] == ["*", "*", " ", " "]
     assert [line[1:].split(maxsplit=5) for line in lines] == [
@@ -339,19 +342,27 @@ def test_a_change_not_committed_is_marked(lab, name, mark):
 # What must not cost a run its record
 
 
-def test_an_error_after_the_score_does_not_lose_it(lab):
-    (lab.repository / "train.py").write_text(f"{PLAYER}    raise ValueError('the sample')\n")
+AFTER = {  # the score: the exit code and the error of the run
+    "raise ValueError('the sample')": (0, "ValueError: the sample"), "os.kill(os.getpid(), 9)": (-9, KILLED),
+    "time.sleep(100)": (-9, "still running 2 s after its time budget of 0 s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", AFTER)
+def test_what_ends_a_run_after_the_score_does_not_lose_it(lab, line):
+    (lab.repository / "train.py").write_text(PLAYER.replace("grace=30.0", "grace=2.0") + f"    {line}\n")
     lab.start()
     code, log, block = lab.end()
-    assert (code, block["status"], block["error"]) == (0, "ok", "ValueError: the sample") and "Traceback" in log
+    assert (code, block["error"], block["status"]) == (*AFTER[line], "ok") and ("Traceback" in log) == (code == 0)
     assert [row[1:4] for row in lab.results()] == [[block["val_bpb"], memory_gb(lab.journal()[0]), "keep"]]
 
 
 @pytest.mark.parametrize("line, status", [
-    ("run.record['constants']['KINDS'] = (torch.float32, len)", "ok"),  # what JSON does not know
+    ("run.record['constants']['KINDS'] = {(0, 1): torch.float32}; run.note()", "ok"),  # what JSON does not know
     ("os.fork() or (time.sleep(2), os._exit(0))", "ok"),  # a process that outlives the run and its grace
     ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "crash"),  # nobody reads the output
     ("os.kill(run.watcher, 9); 1 / 0", "crash"),  # nobody else reports it
+    ("os.write(run.pipe, b'half a record\\n')", "ok"),  # the watcher fails
 ])  # fmt: skip
 def test_an_unusual_run_is_recorded_once(lab, line, status):
     lab.set_in_loop(f"if run.record['num_steps'] == 1: {line}", grace=1.5)
