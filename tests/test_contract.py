@@ -31,7 +31,7 @@ LINES = {"prepare.py": 700, "referee.py": 700, "train.py": 630, "program.md": 15
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_small(name):
     lines = (ROOT / name).read_text().splitlines()
-    assert len(lines) <= LINES[name] and (name == "README.md" or max(map(len, lines)) <= 120)
+    assert len(lines) <= LINES[name] and max(len(line) for line in lines if line[:1] != "|") <= 120  # but for tables
 
 
 def test_dependencies_are_pinned_exactly():
@@ -69,7 +69,7 @@ def test_settings_let_the_agent_edit_the_player_and_run_the_loop():
     assert edited == ["train.py", "run.log", ".gitignore"] and len(edited + patterns) == len(rules["allow"])
     commands = re.findall(r"(?:^ +|`)((?:(?:git|uv|echo|tail|cat) |ls\b|AUTORESEARCH_\w+=)[^`\n]*)", PROGRAM, re.M)
     commands = [command for command in commands if " " in command or command == "ls"]
-    parts = [part.replace(" 2>&1", "") for command in commands for part in command.split(" && ")]
+    parts = [part.replace(" 2>&1", "") for command in commands for part in re.split(" &&(?: |$)", command) if part]
     redirected = [re.split(" >+ ", part) for part in parts]  # to a file that may be edited
     assert {target for _, *targets in redirected for target in targets} == {*edited}
     refused = [part for part, *_ in redirected if not any(fnmatch(part, p) or fnmatch(f"{part} ", p) for p in patterns)]
