@@ -3,9 +3,8 @@ The player of autoresearch: a GPT trained with Muon and AdamW for five minutes o
 
     uv run train.py > run.log 2>&1
 
-It trains on the data prepared last, for exactly the time budget, and ends with the report of referee.py, whose first
-line is val_bpb: validation bits per byte, lower is better. Two texts that the model writes stand before it; the weights
-are in the cache, as model.pt. Sections, in the order used: constants, model, optimizer, schedules, training.
+It trains on the data prepared last and ends with the report of referee.py, whose first line is val_bpb, validation bits
+per byte: lower is better. Sections, in the order used: constants, model, optimizer, schedules, training.
 """
 
 import ctypes
@@ -74,9 +73,8 @@ if SCALE == "small":  # what differs on a CPU; "tried" are runs on two cores wit
     MATRIX_LR, EMBED_LR, HEAD_LR = 0.02, 0.05, 0.002  # tried 0.04, 0.2, 0.008: +0.02; 0.01, 0.03, 0.001: +0.015
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     SHIFT_KEYS = True  # tried False: +0.035
-    WINDOW_PATTERN = "L"
+    WINDOW_PATTERN, SOFTCAP = "L", 0.0
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
-    SOFTCAP = 0.0
     FINAL_LR = 0.0  # tried 0.04: +0.01
 
 # === Model ============================================================================================================
@@ -133,9 +131,8 @@ def flash_attention_3():
 
 
 def attention_kernel(device, dtype, sequence_len):
-    """The `kernel` of attend() that is fastest: "fa3" on Hopper, if it can be had; "varlen", torch's flash kernel, for
-    bf16 on CUDA from sm_80 on; "dense", which writes the scores down, (B, H, T, T), for short rows on a CPU; or "sdpa".
-    """
+    """The fastest `kernel` of attend(): "fa3" on Hopper, if it can be had; "varlen", torch's flash kernel, for bf16 on
+    CUDA from sm_80 on; "dense", which writes the scores down, (B, H, T, T), for short rows on a CPU; or "sdpa"."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         return "fa3" if torch.cuda.get_device_capability() == (9, 0) and flash_attention_3() else "varlen"
     return "dense" if device.type == "cpu" and sequence_len <= 512 else "sdpa"
@@ -202,17 +199,19 @@ class Memory(nn.Module):
 
     It reads, in seconds, the text that training has no time for, as infini-gram does (arXiv 2401.17377). An entry is a
     check of the n-gram, a token and a count, which agreement raises and disagreement lowers until another takes the
-    place (the majority vote of Boyer and Moore). `follow` is log p(token | token before), for small vocabularies.
+    place (the majority vote of Boyer and Moore). For small vocabularies `follow` has log p(token) in rows, one for each
+    token before it and for each of FREQUENT pairs: after two tokens `row[first * vocab_size + second]` is to be read.
     """
 
-    COUNTS, PAIRS, MIX = 8, 10, -7046029254386353131  # 2^64 over the golden ratio, odd, as an int64
+    COUNTS, PRIOR, FREQUENT, MIX = 8, 10, 2**14, -7046029254386353131  # 2^64 over the golden ratio, odd, as an int64
 
     def __init__(self, orders, slots, vocab_size):
         super().__init__()
         self.orders, self.vocab_size = orders, vocab_size
         self.register_buffer("table", torch.zeros(len(orders), slots, dtype=torch.int32))
         rows = vocab_size if orders and vocab_size <= 2**13 else 0  # 2**13: 134 MB; 2**16: 8.6 GB
-        self.register_buffer("follow", torch.zeros(rows, rows, dtype=torch.bfloat16))
+        self.register_buffer("follow", torch.zeros(rows + min(self.FREQUENT, rows**2), rows, dtype=torch.bfloat16))
+        self.register_buffer("row", torch.arange(rows).repeat(rows))
 
     def places(self, idx, n):
         """The slot and the check, from 1 up, of the n-gram that ends at each token of idx (B, T): (B, T) each."""
@@ -223,19 +222,24 @@ class Memory(nn.Module):
 
     def learn(self, texts):
         """Read arrays of tokens, once; of several meetings with an n-gram in one of them one counts."""
-        pairs = torch.zeros_like(self.follow, dtype=torch.float32)
-        for tokens in texts:
+        counts, V = torch.zeros_like(self.follow, dtype=torch.float32), self.vocab_size
+        pairs = torch.zeros(len(counts[V:]), dtype=torch.int64, device=counts.device)
+        for number, tokens in enumerate(texts):
             ids = torch.from_numpy(tokens.astype("int64")).to(self.table.device)
-            if len(pairs):
-                pairs.index_put_((ids[:-1], ids[1:]), pairs.new_ones(()), accumulate=True)
+            if len(counts):
+                counts.index_put_((self.row[ids[:-2] * V + ids[1:-1]], ids[2:]), counts.new_ones(()), accumulate=True)
+                if number == 16:  # about 4M tokens tell which pairs are frequent
+                    pairs = counts[:V].flatten().topk(len(pairs)).indices
+                    self.row[pairs] = torch.arange(V, len(counts), device=pairs.device)
             for table, n in zip(self.table, self.orders, strict=True):
                 slot, check = (x[0] for x in self.places(ids[None, :-1], n))
                 old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
                 count = old % self.COUNTS
                 agreed = old + (count < self.COUNTS - 1)
                 table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
-        chance = (pairs.sum(0) + 1) / (pairs.sum() + self.vocab_size)  # of a token after any, as PAIRS more pairs
-        self.follow.copy_(((pairs + self.PAIRS * chance) / (pairs.sum(1, keepdim=True) + self.PAIRS)).log())
+        counts[:V] += self.PRIOR * (counts[:V].sum(0) + 1) / (counts[:V].sum() + V)  # as often, what is seen in general
+        counts[V:] += self.PRIOR * (counts[:V] / counts[:V].sum(1, keepdim=True))[pairs % V]
+        self.follow.copy_((counts / counts.sum(1, keepdim=True)).log())
 
     def read(self, idx):
         """(tokens, counts), (B, T) each, for each of `orders`; vocab_size and 0 where the n-gram is not known."""
@@ -277,10 +281,11 @@ class Lookups(nn.Module):
         return torch.stack(found, dim=-1), self.embeds(rows.flatten(0, 1)).view(*idx.shape, -1)
 
     def add_bonus(self, logits, x, idx, found):
-        """Logits (B, T, V) start from pairs, and a token found is copied, as x (B, T, C) says (arXiv 1609.07843)."""
+        """Logits (B, T, V) start from triples, and a token found is copied, as x (B, T, C) says (arXiv 1609.07843)."""
         gates = self.gate(x).float()
         if len(self.memory.follow):
-            logits = logits + (1 + gates[..., -1:]) * self.memory.follow[idx].float()
+            row = self.memory.row[F.pad(idx, (1, 0))[:, :-1] * self.vocab_size + idx]
+            logits = logits + (1 + gates[..., -1:]) * self.memory.follow[row].float()
         return logits.scatter_add(-1, found % self.vocab_size, gates[..., :-1] * (found < self.vocab_size))
 
 
@@ -293,8 +298,8 @@ class Attention(nn.Module):
         self.kernel = flash_attention_3() if config.attention == "fa3" else config.attention
         self.c_qkv = nn.Parameter(torch.empty(3, config.n_embd, config.n_embd))  # queries, keys, values: one matmul
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        heads = config.n_embd // config.head_dim
-        self.ve_gate = Linear(self.GATE_CHANNELS, heads) if config.has_value_embed(layer) else None
+        gates = config.n_embd // config.head_dim if config.has_value_embed(layer) else 0
+        self.ve_gate = Linear(self.GATE_CHANNELS, gates) if gates else None
 
     def forward(self, x, value_embed, cos, sin):
         B, T, C = x.shape
@@ -347,9 +352,8 @@ class GPT(nn.Module):
         self.lookups = Lookups(config) if config.recall or config.memory else None
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))  # x = resid * x + x0 * embedding, before a layer
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
-        cos, sin = rotary(config.sequence_len, config.head_dim, config.rope_base)
-        self.register_buffer("cos", cos.to(config.dtype), persistent=False)
-        self.register_buffer("sin", sin.to(config.dtype), persistent=False)
+        tables = rotary(config.sequence_len, config.head_dim, config.rope_base)
+        self.register_buffer("cos_sin", torch.stack(tables).to(config.dtype), persistent=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -372,7 +376,7 @@ class GPT(nn.Module):
         c, T = self.config, idx.size(1)
         if T > c.sequence_len:
             raise ValueError(f"a row of {T} tokens is longer than sequence_len {c.sequence_len}")
-        cos, sin = self.cos[:T], self.sin[:T]
+        cos, sin = self.cos_sin[:, :T]
         x = self.wte(idx)
         if self.lookups:
             found, embedding = self.lookups(idx)
@@ -401,10 +405,8 @@ def loss_of(model, idx, targets):
 # === Optimizer ========================================================================================================
 
 # Polar Express (arXiv 2505.16932): the best quintic of each of five iterations, for singular values from 1e-3 up
-POLAR_EXPRESS = [
-    (8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
-    (2.3465, -1.7098, 0.4232),
-]  # fmt: skip
+POLAR_EXPRESS = [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
+                 (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]  # fmt: skip
 
 
 def orthogonalize(g):
@@ -442,8 +444,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[params[0]]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(grads)
-            rows, columns = params[0].shape[-2:]
-            lr = group["lr"] * max(1, rows / columns) ** 0.5
+            lr = group["lr"] * max(1, weights.size(-2) / weights.size(-1)) ** 0.5
             numbers = (torch.tensor(x) for x in (lr, group["momentum"], group["weight_decay"]))  # no recompilation
             self.update(weights, grads, state["momentum_buffer"], *numbers, self.dtype)
             torch._foreach_copy_(params, list(weights.unbind()))
@@ -529,7 +530,7 @@ def first_rows(tokenizer, B, T, rows):
 
 
 def tokens_after(rows, T, at_once=2**18):
-    """The text that first_rows() leaves out, in arrays of `at_once` tokens and the first of the next."""
+    """The text behind the last of the first `rows` rows, in arrays of `at_once` tokens and the first of the next."""
     store = TokenStore(current_folder() / "train")
     rest = store.tokens[max(stop for row in islice(pack_rows(store.batches(), T + 1), rows) for _, stop in row) :]
     return (rest[start : start + at_once + 1] for start in range(0, len(rest) - 1, at_once))
@@ -557,7 +558,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, device):
         try:
             with torch.random.fork_rng():
                 made_up = torch.randint(model.config.vocab_size, (2, micro, model.config.sequence_len), device=device)
-                for _ in range(2):  # two tensors, as the loader gives: were they one, the first real step recompiled
+                for _ in range(2):  # inputs and targets are two tensors, as in training, or that would compile anew
                     train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
             break
         except torch.OutOfMemoryError:

@@ -206,10 +206,10 @@ def test_memory_goes_by_the_majority_and_forgets():
 def test_memory_knows_how_often_a_token_follows_another():
     text = torch.randint(20, (2_000,), generator=torch.Generator().manual_seed(3)) ** 2 % 20  # 6 of the 20 are squares
     memory = train.Memory((2,), 2**10, 20)
-    memory.learn(part.numpy().astype("uint16") for part in (text[:701], text[700:]))
-    pairs, after = Counter(itertools.pairwise(text.tolist())), Counter(text[1:].tolist())
+    memory.learn(part.numpy().astype("uint16") for part in (text[:702], text[700:]))
+    pairs, after = Counter(itertools.pairwise(text[1:].tolist())), Counter(text[2:].tolist())
     for a, b in itertools.product(range(20), repeat=2):
-        chance = (after[b] + 1) / (len(text) - 1 + 20)
+        chance = (after[b] + 1) / (len(text) - 2 + 20)
         likely = (pairs[a, b] + 10 * chance) / (sum(pairs[a, c] for c in range(20)) + 10)
         assert math.exp(memory.follow[a, b]) == pytest.approx(likely, rel=0.05)
     assert train.Memory((2,), 8, 65_536).follow.numel() == 0 < train.Memory((2,), 8, 8192).follow.numel()
@@ -217,6 +217,25 @@ def test_memory_knows_how_often_a_token_follows_another():
     model.lookups.memory.learn([text.numpy().astype("uint16")])
     expected = model.lookups.memory.follow[text[None, :24]].float()
     torch.testing.assert_close(model(text[None, :24]).log_softmax(-1), expected, atol=0.1, rtol=0)
+
+
+def test_memory_knows_what_follows_frequent_pairs(monkeypatch):
+    monkeypatch.setattr(train.Memory, "FREQUENT", 2)
+    memory = train.Memory((2,), 2**10, 20)
+    often, rarely = [7, 1, 2, 3, 8, 1, 2, 4] * 30, [7, 5, 6]  # 1 and 2: then 3 or 4 as often
+    first, then = (torch.tensor(ids).numpy().astype("uint16") for ids in (often + rarely, [9, *[1, 2, 3] * 40, 5, 6]))
+    memory.learn([first] * 17 + [then])
+    p = memory.follow.float().exp()
+    row = lambda a, b: int(memory.row[a * 20 + b])  # noqa: E731
+    frequent = {pair for pair in itertools.product(range(20), repeat=2) if row(*pair) >= 20}
+    assert len(frequent) == 2 and (1, 2) in frequent and row(5, 6) == 6  # (1, 2) comes twice as often as the others
+    torch.testing.assert_close(p.sum(1), torch.ones(22), atol=0.02, rtol=0)
+    assert p[2, 3] == pytest.approx(0.5, abs=0.03) and p[2, 4] == pytest.approx(0.5, abs=0.03)
+    assert p[row(1, 2), 3] == pytest.approx((40 + 10 * p[2, 3]) / 50, abs=0.01)
+    model = tiny_gpt(memory=(2,), memory_slots=2**10, softcap=0)
+    model.lookups.memory.learn([first] * 17 + [then])
+    expected = model.lookups.memory.follow[model.lookups.memory.row[1 * 50 + 2]].float()
+    torch.testing.assert_close(model(torch.tensor([[5, 1, 2]]))[0, -1].log_softmax(-1), expected, atol=0.1, rtol=0)
 
 
 def test_lookups_see_neither_the_future_nor_other_rows():
