@@ -209,7 +209,7 @@ class Memory(nn.Module):
         super().__init__()
         self.orders, self.vocab_size = orders, vocab_size
         self.register_buffer("table", torch.zeros(len(orders), slots, dtype=torch.int32))
-        rows = vocab_size if orders and vocab_size <= 2**13 else 0  # 2**13: 134 MB; 2**16: 8.6 GB
+        rows = vocab_size if orders and vocab_size <= 2**13 else 0  # 2**13: 0.9 GB; 2**16: 45 GB
         self.register_buffer("follow", torch.zeros(rows + min(self.FREQUENT, rows**2), rows, dtype=torch.bfloat16))
         self.register_buffer("row", torch.arange(rows).repeat(rows))
 
@@ -237,7 +237,7 @@ class Memory(nn.Module):
                 count = old % self.COUNTS
                 agreed = old + (count < self.COUNTS - 1)
                 table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
-        counts[:V] += self.PRIOR * (counts[:V].sum(0) + 1) / (counts[:V].sum() + V)  # as often, what is seen in general
+        counts[:V] += self.PRIOR * (counts[:V].sum(0) + 1) / (counts[:V].sum() + V)  # what follows any token
         counts[V:] += self.PRIOR * (counts[:V] / counts[:V].sum(1, keepdim=True))[pairs % V]
         self.follow.copy_((counts / counts.sum(1, keepdim=True)).log())
 
