@@ -180,6 +180,11 @@ def ancestry():
     return git("log", "--format=%h", "--abbrev=7").split() or ["none"]
 
 
+def as_json(record):
+    """A record in one line, whatever constants it has: other values as text, without keys that JSON cannot have."""
+    return json.dumps(record, default=str, skipkeys=True)
+
+
 def append_line(path, line):
     """Append in one write, after a newline where a kill has left half a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -363,7 +368,7 @@ class Run:
             raise Refused("val_bpb comes from score() alone")
         self.record |= facts | dict(peak_vram_mb=peak_memory() / 2**20)
         with contextlib.suppress(BrokenPipeError):  # somebody has killed the watcher
-            os.write(self.pipe, json.dumps(self.record, default=str, skipkeys=True).encode() + b"\n")
+            os.write(self.pipe, as_json(self.record).encode() + b"\n")
 
     def start(self):
         """Start the clock; all before was start-up."""
@@ -443,8 +448,7 @@ class Run:
             traceback.print_exception(error)
         elif status == "ok" and self.record["val_bpb"] is None:
             status, reason = "crash", "the run ended without a score"
-        if status in ("crash", "oom") and self.record["val_bpb"] is not None:
-            status = "ok"  # the score holds, whatever was raised after it
+        status = self.settled(status)
         with contextlib.suppress(OSError):  # nobody reads the output
             sys.stdout.flush()
         self.note(status=status, error=reason)
@@ -456,6 +460,11 @@ class Run:
         if status != "ok":
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
         return True
+
+    def settled(self, status):
+        """`status`, but ok for a run that broke after its score: that holds."""
+        broken = status in ("crash", "oom", "timeout")
+        return "ok" if broken and self.record["val_bpb"] is not None else status
 
     def watch(self, told):
         """In a process of its own: follow the run through the pipe `told`, and report how it ends."""
@@ -478,8 +487,7 @@ class Run:
             elif os.getppid() != run:  # what it has started lives on and holds the pipe
                 self.record |= dict(status="crash", error=KILLED)
         late = self.record["status"] == "timeout"
-        if self.record["val_bpb"] is not None and self.record["status"] in ("crash", "timeout"):
-            self.record["status"] = "ok"  # as in __exit__
+        self.record["status"] = self.settled(self.record["status"])
         self.report()
         if late:
             os.kill(run, signal.SIGKILL)
@@ -504,7 +512,7 @@ class Run:
                 row[1:4] = f"{r['val_bpb']:.6f}", f"{r['peak_vram_mb'] / 1024:.1f}", verdict
             r["row"] = "\t".join(row)
         try:
-            append_line(cache_root() / "runs.jsonl", json.dumps(r, default=str, skipkeys=True))
+            append_line(cache_root() / "runs.jsonl", as_json(r))
             if logged:
                 prepare.write_text(REPOSITORY / "results.tsv", "".join(line + "\n" for line in [*lines, r["row"]]))
         except OSError as error:

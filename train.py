@@ -233,7 +233,7 @@ class Memory(nn.Module):
                     self.row[pairs] = torch.arange(V, len(counts), device=pairs.device)
             for table, n in zip(self.table, self.orders, strict=True):
                 slot, check = (x[0] for x in self.places(ids[None, :-1], n))
-                old, entry = table[slot], ((check * self.vocab_size + ids[1:]) * self.COUNTS).int()
+                old, entry = table[slot], ((check * V + ids[1:]) * self.COUNTS).int()
                 count = old % self.COUNTS
                 agreed = old + (count < self.COUNTS - 1)
                 table.scatter_(0, slot, agreed.where(old - count == entry, (old - 1).where(count > 0, entry)))
@@ -298,8 +298,8 @@ class Attention(nn.Module):
         self.kernel = flash_attention_3() if config.attention == "fa3" else config.attention
         self.c_qkv = nn.Parameter(torch.empty(3, config.n_embd, config.n_embd))  # queries, keys, values: one matmul
         self.c_proj = Linear(config.n_embd, config.n_embd)
-        gates = config.n_embd // config.head_dim if config.has_value_embed(layer) else 0
-        self.ve_gate = Linear(self.GATE_CHANNELS, gates) if gates else None
+        heads = config.n_embd // config.head_dim
+        self.ve_gate = Linear(self.GATE_CHANNELS, heads) if config.has_value_embed(layer) else None
 
     def forward(self, x, value_embed, cos, sin):
         B, T, C = x.shape
