@@ -1,12 +1,12 @@
 """
-Makes what train.py and referee.py work with: text, tokenizer, tokens, validation rows. Nobody edits this file.
+Prepare text, tokenizer, tokens and validation rows for train.py and referee.py. Nobody edits this file.
 
     uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
-    uv run prepare.py --data python    the Python source of this environment: no download, works offline
+    uv run prepare.py --data python    the Python source of this environment, offline
     uv run prepare.py --help           the other corpora and the options
 
-It decides, train.py obeys: the data prepared last is current, and sequence length, vocabulary and validation rows
-are read from its manifest. Six rooms, each using only those above it: grep -A3 '^# ===' prepare.py
+The data prepared last is current. Its manifest sets sequence length, vocabulary and validation rows.
+Each room uses only those above it: grep -n '^# ===' prepare.py
 """
 
 import argparse
@@ -16,8 +16,10 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
+import resource
 import shutil
 import sys
 import sysconfig
@@ -31,43 +33,74 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-# === 1. Contract and paths ============================================================================================
-# reads: the environment, <root>/current, manifest.json
-# writes: nothing of its own
-# used by: every room, referee.py, train.py
+# === 1. Contract and paths ===
 
-FORMAT = 2  # of the cache; another number means: prepare again
-SCALES = {  # full wants a GPU, small is for a CPU; train.py has a group of constants for each
+FORMAT = 2  # of the cache; other formats are prepared again
+SCALES = {  # full for a GPU, small for a CPU; train.py has constants for each
     "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
-SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids of the vocabulary; the first of them is BOS
-SPLIT_PATTERN = (  # GPT-4's, with at most two digits to a token
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
+SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
 
 class PrepareError(SystemExit):
-    """A user's mistake or a fault of the outside world. Not caught, it ends the program with its one sentence."""
+    """A user's mistake or an outside failure. Uncaught, it ends the program with one line."""
 
     def __init__(self, sentence):
         super().__init__(f"error: {sentence}")
 
 
+class Output:
+    """Standard output that survives a closed reader and characters it cannot encode."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        encoding = self.stream.encoding or "utf-8"
+        with contextlib.suppress(OSError):
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def cache_root():
-    return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
+    try:
+        return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
+    except RuntimeError:
+        raise PrepareError("no home folder; set AUTORESEARCH_CACHE to a folder for the data") from None
 
 
 def write_text(path, text):
-    """Write so that a kill at any moment leaves the old file or the new one."""
+    """Replace a text file; a kill leaves the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path, line):
+    """Append `line` and sync. A newline goes first, as a kill may have left half a line."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(f"\n{line}\n")
+        f.flush()
+        os.fsync(f.fileno())
 
 
 def install(folder):
-    """Move a complete build from folder/ready into `folder`, the manifest last; after a kill, a second call resumes."""
+    """Move a finished build from folder/ready to `folder`, manifest last; resumes after a kill."""
     ready = folder / "ready"
     if ready.exists():
         for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
@@ -75,16 +108,25 @@ def install(folder):
         ready.rmdir()
 
 
-def hold(path):
-    """Lock the file `path` until the one returned is closed; BlockingIOError names the process that has it."""
+def lock_file(path, owner):
+    """Lock the file `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise BlockingIOError(path.read_text().strip()) from None
     file.truncate(0)
-    print(os.getpid(), file=file, flush=True)
+    print(owner, file=file, flush=True)
     return file
+
+
+def lock_holder(path):
+    """The owner of the lock `path`, "" if it is free."""
+    try:
+        lock_file(path, "").close()
+        return ""
+    except OSError as owner:
+        return str(owner)
 
 
 def sha256_of(path):
@@ -97,7 +139,7 @@ def digest(value):
 
 
 def read_manifest(folder=None, thorough=False):
-    """The manifest of a prepared folder, by default the current one; its files by size or, thorough, by sha256."""
+    """The manifest of `folder` (default: current). PrepareError on a wrong size or, `thorough`, sha256."""
     folder = folder or current_folder()
     install(folder)
     try:
@@ -110,29 +152,39 @@ def read_manifest(folder=None, thorough=False):
             if (folder / name).stat().st_size != size or (thorough and sha256_of(folder / name) != sha256):
                 raise ValueError(f"{name} is not the {size:,} bytes prepared")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py (--help: the corpora)") from None
+        raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py [--data NAME]") from None
     return manifest
 
 
 def current_folder():
-    """The folder of the data prepared last."""
-    pointer = cache_root() / "current"
+    root = cache_root()
+    pointer = root / "current"
     if not pointer.exists():
-        raise PrepareError(f"no prepared data in {cache_root()}; run: uv run prepare.py (offline: --data python)")
-    return cache_root() / pointer.read_text().strip()
+        raise PrepareError(f"no prepared data in {root}; run: uv run prepare.py (offline: --data python)")
+    return root / pointer.read_text(encoding="utf-8").strip()
 
 
 def __getattr__(name):
-    """What the manifest or the environment decides is read when it is asked for: importing needs no data."""
+    """Read from manifest or environment on access, so that importing needs no data."""
     if name == "MAX_SEQ_LEN":  # tokens
         return read_manifest()["seq_len"]
-    if name == "SCALE":  # "full" or "small"; full where nothing is prepared, so that train.py can be imported
+    if name == "SCALE":  # "full" if nothing is prepared, so that train.py can be imported
         return read_manifest()["scale"] if (cache_root() / "current").exists() else "full"
-    if name in ("TIME_BUDGET", "evaluate_bpb"):  # for a train.py that has no Run
-        import referee
-
-        return referee.time_budget() if name == "TIME_BUDGET" else referee.evaluate_bpb
+    if name == "TIME_BUDGET":  # seconds of training
+        return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1, 10**6)
     raise AttributeError(f"module 'prepare' has no attribute {name!r}")
+
+
+def env_number(name, default, low, high):
+    """The environment variable `name`, or `default`, as a number of the type of `default`."""
+    text = os.environ.get(name) or str(default)
+    try:
+        value = type(default)(text)
+    except ValueError:
+        value = -1
+    if not low <= value <= high:
+        raise PrepareError(f"{name}={text!r} is not a number from {low} to {high}; set one or unset it")
+    return value
 
 
 def default_device():
@@ -142,9 +194,34 @@ def default_device():
     return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 
+def device_names(device):
+    """(name of `device` for people, name of its lock file)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(), f"cuda-{torch.cuda.get_device_properties(0).uuid}.lock"
+    return f"{device.type} ({torch.get_num_threads()} threads)", f"cpu-{os.uname().nodename}.lock"
+
+
+def mfu_percent(name, flops):
+    """`flops` in percent of the dense bf16 FLOP/s of the GPU `name` (first match), or "n/a"."""
+    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12,
+             "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+    return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
+
+
+def peak_memory():
+    """Peak bytes of tensors on the GPU; without a GPU, peak bytes of the process."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 @contextlib.contextmanager
 def progress_bar(what, total=None):
-    """A bar of bytes with rate and time left on a terminal, and a line when they are done."""
+    """A progress bar in bytes on a terminal, then one line."""
     begun = time.monotonic()
     with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         yield bar
@@ -153,15 +230,15 @@ def progress_bar(what, total=None):
 
 
 def check_space(folder, size):
-    """Refuse to begin what needs `size` bytes in `folder` where they are not free."""
+    """Raise PrepareError unless `folder` has `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room, or set "
-                           "AUTORESEARCH_CACHE to a folder on another disk")
+        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room, "
+                           "or set AUTORESEARCH_CACHE to another disk")
 
 
 def in_order(function, items, workers):
-    """Yield function(item) in order, computed by `workers` threads up to two items each ahead of the reader."""
+    """Yield function(item) in order; `workers` threads work up to two items each ahead."""
     ahead = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -175,23 +252,21 @@ def in_order(function, items, workers):
             pool.shutdown(cancel_futures=True)
 
 
-# === 2. Corpus: lists of documents for training and validation, downloaded or found ===================================
-# reads: the hub, text files
-# writes: <data>-<scale>/shards/
-# used by: main
+# === 2. Corpus: documents for training and validation ===
 
-LAST_SHARD = 6542  # of ClimbMix, pinned for validation
-STORIES = 300_000  # of tinystories, counted as a shard: about the 250 MB of text in one of ClimbMix
+LAST_SHARD = 6542  # of ClimbMix, always for validation
+STORIES = 300_000  # of tinystories per shard: about 250 MB of text, like ClimbMix
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-ATTEMPTS = 3  # in a row that bring nothing; each goes on where the last one broke off
-TIMEOUT = (10, 30)  # seconds without a connection, without a byte
+ATTEMPTS = 3  # in a row without progress; each resumes the last
+TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-CUT_FROM, CUT_AT = 1_500, 6_000  # characters: text files are cut into documents the size of a web page
-GROUP = 1_024  # documents of a list
-HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # share of the text kept for validation; up to 5 times that to make so many
+CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
+GROUP = 1_024  # documents per list
+HELD_OUT = 0.02  # share of the text for validation, up to 0.1 to get HELD_OUT_BYTES
+HELD_OUT_BYTES = 100_000
 
 
 def hub_url(repo, name):
@@ -199,27 +274,33 @@ def hub_url(repo, name):
     return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
 
 
-def fetch(session, url, part, bar, expect):
-    """Continue the file `part` by one GET, after expect(size); returns (size, sha256) if told, 0 or "" if not.
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
 
-    The hub tells them on its redirect, as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub's own host alone:
-    requests drops it at a redirect to another.
+
+def fetch(session, url, part, bar, expect):
+    """Resume the file `part` by one GET, after expect(size). Returns (size, sha256), 0 or "" if unknown.
+
+    The hub's redirect has them as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub alone: requests
+    drops it at a redirect to another host.
     """
-    have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN", "").strip()
+    have, token = size_of(part), os.environ.get("HF_TOKEN", "").strip()
     headers = {"Range": f"bytes={have}-"} if have else {}
     if token and "/datasets/" in url:
         headers["Authorization"] = f"Bearer {token}"
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        page = "text/html" in response.headers.get("Content-Type", "")  # of a network that wants a log-in, say
-        if response.status_code not in (200, 206, 416) or page:  # 416: nothing is left to send
-            raise PrepareError(f"{url} answered {response.status_code}{' with a web page' * page}; check the network, "
-                               "HF_ENDPOINT and HF_TOKEN")
+        status = response.status_code
+        page = "text/html" in response.headers.get("Content-Type", "")  # such as a login page
+        if status not in (200, 206, 416) or page:  # 416: nothing left to send
+            raise PrepareError(f"{url} answered {status}{' with a web page' * page}; "
+                               "check the network, HF_ENDPOINT and HF_TOKEN")
         told = {k.lower(): v for hop in [response, *response.history] for k, v in hop.headers.items()}
-        length = response.headers.get("Content-Length", "") if response.status_code == 200 else ""
-        size = int(told.get("x-linked-size") or told.get("content-range", "").rpartition("/")[2] or length or 0)
+        length = status == 200 and response.headers.get("Content-Length")
+        total = told.get("content-range", "").rpartition("/")[2]
+        size = int(told.get("x-linked-size") or total or length or 0)
         expect(size)
-        if response.status_code != 416:
-            with open(part, "ab" if response.status_code == 206 else "wb") as f:
+        if status != 416:
+            with open(part, "ab" if status == 206 else "wb") as f:
                 for block in response.iter_content(1 << 16):
                     f.write(block)
                     bar.update(len(block))
@@ -227,36 +308,36 @@ def fetch(session, url, part, bar, expect):
 
 
 def download(session, url, path, sha256, bar, expect):
-    """Fetch `url` into `path`: resumed by range, checked by size and sha256, renamed when whole."""
+    """Fetch `url` into `path`: resume, check size and sha256, rename when whole."""
     import requests
 
     part, problem, attempts = path.with_name(path.name + ".part"), "", 0
-    if path.exists():  # asked for although it is there: not verified, so treat it like a part
+    if path.exists():  # not verified: treat it as a part
         os.replace(path, part)
     while attempts < ATTEMPTS:
-        had = part.stat().st_size if part.exists() else 0
+        had = size_of(part)
         try:
             size, told = fetch(session, url, part, bar, expect)
             got, wanted = part.stat().st_size, sha256 or (told if len(told) == 64 else "")
             if got == (size or got) and (not wanted or sha256_of(part) == wanted):
                 return os.replace(part, path)
-            problem = f"{got:,} bytes came of the {size:,} of sha256 {wanted[:16]}"
+            problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
             if got >= size:
                 part.unlink()
         except requests.exceptions.RequestException as error:  # after urllib3's own retries
             problem = f"{type(error).__name__}: {error}"
-        attempts = 0 if part.exists() and part.stat().st_size > had else attempts + 1
-    raise PrepareError(f"cannot download {url} ({problem}); check the network and run the same command again: it goes "
-                       "on from here. Without a network: uv run prepare.py --data python")
+        attempts = 0 if size_of(part) > had else attempts + 1
+    raise PrepareError(f"cannot download {url} ({problem}); run this again to resume. "
+                       "Offline: uv run prepare.py --data python")
 
 
 def download_all(files, folder, workers):
-    """Download {name: (url, sha256 or None)} into `folder`; verified.json remembers what needs no second look."""
+    """Download {name: (url, sha256 or None)} into `folder`; verified.json lists the verified files."""
     import requests
     from urllib3.util import Retry
 
-    busy = (408, 429, 500, 502, 503, 504)
-    retry = Retry(total=5, connect=1, backoff_factor=0.5, status_forcelist=busy, raise_on_status=False)
+    retry = Retry(total=5, connect=1, backoff_factor=0.5, raise_on_status=False,
+                  status_forcelist=(408, 429, 500, 502, 503, 504))
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"
     for scheme in ("http://", "https://"):
@@ -276,19 +357,21 @@ def download_all(files, folder, workers):
 
     def expect(size):
         sizes.append(size)
-        bar.total = sum(sizes) * len(missing) // len(sizes)  # as if the others were like those told of
+        bar.total = sum(sizes) * len(missing) // len(sizes)  # extrapolated
         if len(sizes) == 1:
             check_space(folder, bar.total)
 
+    def get(name):
+        download(session, files[name][0], folder / name, files[name][1], bar, expect)
+
     with progress_bar("download") as bar:
-        jobs = ((session, files[name][0], folder / name, files[name][1], bar, expect) for name in missing)
-        for name, _ in zip(missing, in_order(lambda job: download(*job), jobs, workers), strict=True):
+        for name, _ in zip(missing, in_order(get, missing, workers), strict=True):
             verified[name] = stamp(name)
             write_text(record, json.dumps(verified))
 
 
 def shard(path):
-    """A parquet file with a `text` column."""
+    """Open a parquet file; PrepareError if it has no `text` column."""
     import pyarrow.parquet as pq
 
     try:
@@ -302,17 +385,19 @@ def shard(path):
 
 
 def row_groups(paths):
-    """The documents of parquet shards, one list for each row group; nulls are left out."""
+    """The documents of parquet shards, one list per row group, without nulls."""
     for file in map(shard, paths):
         for i in range(file.num_row_groups):
-            yield [text for text in file.read_row_group(i, ["text"]).column(0).to_pylist() if text is not None]
+            texts = file.read_row_group(i, ["text"]).column(0).to_pylist()
+            yield [text for text in texts if text is not None]
 
 
 def cut(text):
-    """Documents of CUT_FROM to CUT_AT characters, cut where an unindented line follows a blank one, if one does."""
+    """Documents of CUT_FROM to CUT_AT characters, cut before unindented lines if possible."""
     documents = [""]
     for block in re.split(r"(?<=\n\n)(?=\S)", text):
-        for piece in (block[i : i + CUT_AT] for i in range(0, len(block), CUT_AT)):
+        for i in range(0, len(block), CUT_AT):
+            piece = block[i : i + CUT_AT]
             if len(documents[-1]) >= CUT_FROM or len(documents[-1] + piece) > CUT_AT:
                 documents.append("")
             documents[-1] += piece
@@ -320,7 +405,7 @@ def cut(text):
 
 
 def records(path):
-    """The documents of one file: the rows of .parquet and .jsonl, pieces of any other."""
+    """The documents of one file: rows of .parquet and .jsonl, pieces of other text."""
     if path.suffix == ".parquet":
         for batch in shard(path).iter_batches(GROUP, columns=["text"]):
             yield from batch.column(0).to_pylist()
@@ -329,17 +414,18 @@ def records(path):
             for number, line in enumerate(f, 1):
                 try:
                     text = json.loads(line)["text"] if line.strip() else None
-                    yield text and text.encode("utf-8", "replace").decode()  # half a surrogate pair is not UTF-8
+                    yield text and text.encode("utf-8", "replace").decode()  # no half surrogate pairs
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise PrepareError(f"{path} line {number} is no JSON object with a 'text' key; mend it") from None
+                    raise PrepareError(
+                        f"{path} line {number} is no JSON object with a 'text' key; fix it") from None
     else:
         yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
 
 
 def text_groups(files, held_out, limit=None):
-    """Lists of the documents of `files`, of the validation split or the training split.
+    """Lists of the documents of `files` in the validation or the training split.
 
-    Held out, by a digest, are whole files, or documents where files are fewer than 50: copies fall on the same side.
+    A digest picks whole files for validation, or documents if files are fewer than 50: copies stay together.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 
@@ -354,22 +440,23 @@ def text_groups(files, held_out, limit=None):
 
 
 def find_files(data):
-    """The text files of `data` ('python': this environment's source), scrambled by their paths below its folder."""
+    """The text files of `data` ('python': this environment's source), shuffled by relative path."""
     if data == "python":
         folders = {Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib", "platlib")}
-        endings, others = (".py",), {"site-packages", "dist-packages"}  # environments below the standard library
+        endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
     else:
         folders, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
-    paths = [(path, path.relative_to(top)) for top in folders for path in ([top] if top.is_file() else top.rglob("*"))]
+    paths = [(path, path.relative_to(top))
+             for top in folders for path in ([top] if top.is_file() else top.rglob("*"))]
     found = {path: str(below) for path, below in paths
              if path.suffix in endings and path.is_file() and not others.intersection(below.parts)}
     if not found:
-        raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text to one")
+        raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
     return sorted(found, key=lambda path: (digest(found[path]), path))
 
 
 def text_size(path):
-    """Bytes of text in a file, about."""
+    """Approximate bytes of text in a file."""
     if path.suffix != ".parquet":
         return path.stat().st_size
     footer = shard(path).metadata
@@ -377,8 +464,8 @@ def text_size(path):
 
 
 def gather(data, shards, num_shards, workers):
-    """Download or find `data`: (train, val, files), functions that give lists of documents, and the files behind."""
-    wanted, limit = {}, None  # {name: (url, sha256 or None)}
+    """Download or find `data`. Returns (train, val, files); train() and val() yield lists of documents."""
+    wanted, limit = {}, None
     if data == "climbmix":
         for i in [*range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD]:
             name = f"shard_{i:05d}.parquet"
@@ -396,16 +483,14 @@ def gather(data, shards, num_shards, workers):
     return lambda: text_groups(files, False, limit), lambda: text_groups(files, True), files
 
 
-# === 3. Tokenizer: rustbpe trains, tiktoken encodes ===================================================================
-# reads: documents, tokenizer.tiktoken
-# writes: tokenizer.tiktoken
-# used by: the token store, main, referee.py, train.py
+# === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
 
-TRAIN_CHARS, TRAIN_DOC_CHARS = 1_000_000_000, 10_000  # the tokenizer sees so much text, and so much of a document
+TRAIN_CHARS = 1_000_000_000  # the tokenizer trains on at most this much text,
+TRAIN_DOC_CHARS = 10_000  # and on this much of a document
 
 
 class Tokenizer:
-    """Byte-pair encoding; `ranks` maps a token's bytes to its id, the four special tokens follow.
+    """Byte-pair encoding; `ranks` maps a token's bytes to its id. The four special tokens follow.
 
     >>> tokenizer = Tokenizer.from_directory()
     >>> tokenizer.decode(tokenizer.encode("hello", prepend="<|reserved_0|>"))
@@ -414,12 +499,13 @@ class Tokenizer:
 
     def __init__(self, ranks):
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self.ranks, name = ranks, "autoresearch"
-        self.enc = tiktoken.Encoding(name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+        self.ranks = ranks
+        self.enc = tiktoken.Encoding("autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
+                                     special_tokens=specials)
 
     @classmethod
     def train(cls, groups, vocab_size, bar):
-        """Train on lists of documents. `vocab_size` counts the specials; 256 means the bytes alone, beside them."""
+        """Train on lists of documents. `vocab_size` includes specials; 256 means bytes plus specials."""
         if vocab_size == 256:
             return cls({bytes([i]): i for i in range(256)})
         import rustbpe
@@ -436,19 +522,19 @@ class Tokenizer:
         bpe = rustbpe.Tokenizer()
         bpe.train_from_iterator(capped(), vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         tokenizer = cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
-        if tokenizer.get_vocab_size() < vocab_size:
-            raise PrepareError(f"this text has no {vocab_size} tokens to find; give more of it or "
-                               f"--vocab-size {tokenizer.get_vocab_size()}")
+        found = tokenizer.get_vocab_size()
+        if found < vocab_size:
+            raise PrepareError(f"this text has no {vocab_size} tokens; add text or use --vocab-size {found}")
         return tokenizer
 
     def save(self, directory):
-        """Write tokenizer.tiktoken: a line a token, its bytes in base64 and its rank."""
+        """Write tokenizer.tiktoken: per line a token's bytes in base64 and its rank."""
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
         (Path(directory) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
     @classmethod
     def from_directory(cls, directory=None):
-        """Read what save() wrote into `directory`, by default that of the current data."""
+        """Read the tokenizer in `directory`, by default that of the current data."""
         lines = (Path(directory or current_folder()) / "tokenizer.tiktoken").read_bytes().splitlines()
         return cls({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
 
@@ -459,7 +545,7 @@ class Tokenizer:
         return self.enc.encode_single_token(SPECIAL_TOKENS[0])
 
     def encode(self, text, prepend=None, num_threads=8):
-        """Ids of a str, or of each of a list of str; `prepend` is an id or the name of a special token."""
+        """Ids of a str, or of each str in a list; `prepend` is an id or the name of a special token."""
         if isinstance(prepend, str):
             prepend = self.enc.encode_single_token(prepend)
         first = [] if prepend is None else [prepend]
@@ -473,30 +559,29 @@ class Tokenizer:
         return self.enc.decode(ids)
 
 
-# === 4. Token store: every document tokenized once, BOS first, end to end in one flat file ============================
-# reads: documents, <split>.bin, <split>.idx
-# writes: <split>.bin, <split>.idx
-# used by: the loader, main
+# === 4. Token store: all documents in one flat file, each after a BOS ===
 
-LONG_RUN = re.compile(r"[^\W\d_]{20000}|\s{20000}")  # takes tiktoken a time that grows with the square of its length
+LONG_RUN = re.compile(r"[^\W\d_]{20000}|\s{20000}")  # tiktoken takes quadratic time
 
 
 def write_store(tokenizer, groups, stem, workers, bar):
     """Tokenize lists of documents into stem.bin, uint16 [tokens], and stem.idx; returns (documents, tokens).
 
-    stem.idx is int64: the number of documents n, where each document starts in stem.bin and the last one ends [n + 1],
-    the number of the first document of each group. A few groups are in memory at a time.
+    stem.idx is int64: the number of documents n, their starts in stem.bin and the last one's end [n + 1], the
+    boundaries of the groups, in documents [groups + 1]. A few groups are in memory at a time.
     """
     starts, group_starts, bos, bos_id = [0], [0], SPECIAL_TOKENS[0], tokenizer.get_bos_token_id()
 
     def ids_of(text):
         cuts = 20_000 if len(text) > 20_000 and LONG_RUN.search(text) else max(1, len(text))
         pieces = [text[i : i + cuts] for i in range(0, len(text), cuts)]
-        return np.concatenate([[bos_id], *(tokenizer.enc.encode_to_numpy(x, disallowed_special=()) for x in pieces)])
+        ids = [tokenizer.enc.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+        return np.concatenate([[bos_id], *ids])
 
     def encode(texts):
         joined = "".join(bos + text for text in texts)
-        if joined.count(bos) == len(texts) and max(map(len, texts), default=0) <= 20_000:  # one call keeps Python free
+        # one call for all texts leaves Python to other threads
+        if joined.count(bos) == len(texts) and max(map(len, texts), default=0) <= 20_000:
             ids = tokenizer.enc.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
         else:
             ids = np.concatenate([*map(ids_of, texts)])
@@ -514,7 +599,7 @@ def write_store(tokenizer, groups, stem, workers, bar):
 
 
 class TokenStore:
-    """What write_store() wrote, memory-mapped: tokens uint16, starts of documents and groups int64."""
+    """What write_store() wrote, memory-mapped: uint16 tokens, int64 starts of documents, groups."""
 
     def __init__(self, stem):
         index = np.fromfile(stem.with_suffix(".idx"), dtype=np.int64)
@@ -522,7 +607,7 @@ class TokenStore:
         self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), dtype=np.uint16, mode="r"))
 
     def batches(self, size=128):
-        """One epoch of documents as lists (starts, stops), `size` of one group at a time."""
+        """One epoch of documents as lists (starts, stops), up to `size` of one group at a time."""
         for first, last in pairwise(self.groups):
             for i in range(first, last, size):
                 edges = self.starts[i : min(i + size, last) + 1].tolist()
@@ -533,10 +618,7 @@ class TokenStore:
         return np.concatenate([self.tokens[a:b] for row in packed for a, b in row]).reshape(-1, capacity)
 
 
-# === 5. Loader: best-fit packing of documents into rows ===============================================================
-# reads: the token store
-# writes: nothing
-# used by: main (for val_rows.bin), train.py
+# === 5. Loader: best-fit packing of documents into rows ===
 
 BUFFER_DOCS = 1_000  # waiting documents to choose from
 
@@ -544,8 +626,8 @@ BUFFER_DOCS = 1_000  # waiting documents to choose from
 def pack_rows(batches, capacity):
     """Yield rows of exactly `capacity` tokens, each a list of (start, stop) into the flat tokens.
 
-    Into a gap goes the longest waiting document that fits, the first come of equals; where none fits, the shortest is
-    cropped to the gap and the rest of it dropped. Ends with `batches`, before a row that cannot be filled.
+    A gap gets the longest waiting document that fits, the first come of equals. If none fits, the shortest
+    is cropped to the gap and its rest dropped. Stops when `batches` ends, before a row it cannot fill.
 
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
     [[(0, 4), (4, 5)]]
@@ -559,8 +641,8 @@ def pack_rows(batches, capacity):
                 waiting.sort()
             if not waiting:
                 return
-            at = bisect.bisect_left(waiting, (gap + 1,)) - 1
-            at = bisect.bisect_left(waiting, (waiting[at][0],)) if at >= 0 else 0
+            at = max(0, bisect.bisect_left(waiting, (gap + 1,)) - 1)
+            at = bisect.bisect_left(waiting, (waiting[at][0],))
             length, _, start = waiting.pop(at)
             length = min(length, gap)
             row.append((start, start + length))
@@ -569,10 +651,10 @@ def pack_rows(batches, capacity):
 
 
 def make_dataloader(tokenizer, B, T, split, device=None):
-    """Yield (inputs, targets, epoch) for ever: int64 [B, T] on `device`, CUDA where there is one; rows begin with BOS.
+    """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS.
 
-    A thread packs two batches ahead. Every batch has a host buffer of its own. On CUDA that is pinned and the copy
-    asynchronous: torch's host allocator gives no pinned buffer out again before the copies from it have ended.
+    A thread packs two batches ahead, each in its own host buffer. On CUDA the buffer is pinned and copied
+    asynchronously: torch reuses a pinned buffer only after its copies have ended.
     """
     if split not in ("train", "val") or min(B, T) < 1:
         raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
@@ -601,14 +683,87 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     return read()
 
 
-# === 6. main: prepare one corpus and make it current ==================================================================
-# reads: the command line
-# writes: <root>/<data>-<scale>/, <root>/current
-# used by: you
+# === 6. Evaluation: the metric ===
+
+EVAL_ROWS = 16  # per forward at most: 16 x 2048 x 8192 fp32 logits are 1 GiB
+evaluated = []  # types of the models scored so far
+
+
+class Refused(Exception):
+    """The model or the run gets no score; says why."""
+
+
+def bytes_of_tokens(tokenizer):
+    """UTF-8 bytes of each token, 0 for specials: int64 [vocab_size]."""
+    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    lengths[list(tokenizer.ranks.values())] = [len(token) for token in tokenizer.ranks]
+    return lengths
+
+
+def validation_rows():
+    """The fixed rows to score, int64 [rows, T + 1]; raises Refused if the file was changed."""
+    import torch
+
+    path, manifest = current_folder() / "val_rows.bin", read_manifest()
+    if sha256_of(path) != manifest["files"][path.name][1]:
+        raise Refused(f"{path} is not what was prepared; prepare the data again")
+    rows = np.fromfile(path, dtype=np.uint16).reshape(-1, manifest["seq_len"] + 1)
+    return torch.from_numpy(rows.astype(np.int64))
+
+
+def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
+    """Bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]. Lower is better.
+
+    The metric: the cost in bits of the targets of the validation rows, over their UTF-8 bytes. Special
+    tokens count in neither. The loss is computed here, from the logits, in fp32, and summed in fp64. Each row
+    is read once, in batches of at most EVAL_ROWS, halved when out of memory.
+    `inspect(cost, inputs, targets)` may add checks; it returns cost(inputs, targets), nats [B, T].
+    `tokenizer` is ignored, since it could be changed: the prepared one counts. Raises Refused.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    def cost(inputs, targets):
+        logits = model(inputs.clone())  # the model may write to them
+        if type(logits) is not torch.Tensor or logits.shape != (*inputs.shape, len(token_bytes)):
+            shape = [*getattr(logits, "shape", "")]
+            raise Refused(f"the model returned {type(logits).__name__} {shape} for inputs {[*inputs.shape]}; "
+                          f"return a tensor with {len(token_bytes)} logits per token")
+        with torch.autocast(device.type, enabled=False):
+            logits = logits.detach().float()
+            if not torch.isfinite(logits).all():
+                raise Refused("logits must be finite")
+            return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(inputs.shape)
+
+    evaluated.append(type(model))
+    rows, token_bytes = validation_rows(), torch.from_numpy(bytes_of_tokens(Tokenizer.from_directory()))
+    device = next((p.device for p in model.parameters()), default_device())
+    batch = min(int(batch_size), EVAL_ROWS)
+    training, nats, size, at = model.training, 0.0, 0, 0
+    model.eval()
+    with torch.no_grad():
+        while at < len(rows):
+            ids = rows[at : at + max(1, batch)]
+            inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
+            try:
+                costs = inspect(cost, inputs, targets) if inspect else cost(inputs, targets)
+            except torch.OutOfMemoryError:
+                if len(ids) == 1:
+                    raise
+                batch //= 2
+                continue
+            nats += float(costs.cpu().double()[counted > 0].sum())
+            size += int(counted.sum())
+            at += len(ids)
+    model.train(training)
+    return nats / math.log(2) / size
+
+
+# === 7. main: prepare one corpus and make it current ===
 
 
 def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
-    """Gather the corpus `data`, build its tokenizer and tokens unless they are there, and make it current."""
+    """Gather the corpus `data`, build its tokenizer and tokens if needed, and make it current."""
     settings, name = SCALES[scale], data
     num_shards, vocab_size = num_shards or settings["num_shards"], vocab_size or settings["vocab_size"]
     if data not in CORPORA:
@@ -616,33 +771,33 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
         name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder / "lock"):
+    with lock_file(folder / "lock", os.getpid()):
         train, val, files = gather(data, folder / "shards", num_shards, workers)
-        stamp = num_shards  # python alone: a package installed later must not change its validation rows
+        stamp = num_shards  # of python too: new packages must not change its rows
         if data not in CORPORA:
             stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
         spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"],
                     vocab_size=max(260, vocab_size), text=digest(stamp))
         size = sum(map(text_size, files))
         print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
-        try:
+        manifest = {}
+        with contextlib.suppress(PrepareError):
             manifest = read_manifest(folder, thorough=True)
-        except PrepareError:
-            manifest = {}
         if not spec.items() <= manifest.items():
             manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
         write_text(cache_root() / "current", folder.name + "\n")
     print(f"tokens:    {manifest['train_tokens']:,} in {manifest['train_docs']:,} documents to train on, "
-          f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, vocabulary {manifest['vocab_size']:,}")
+          f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, "
+          f"vocabulary {manifest['vocab_size']:,}")
     print(f"ready:     {folder} ({2 * manifest['train_tokens'] / 1e6:,.0f} MB)\nnext:      uv run train.py")
 
 
 def build(folder, spec, vocab_size, val_rows, train, val, size):
-    """Tokenizer, tokens, validation rows and manifest, built beside the old ones and installed when all are whole."""
+    """Build the files beside the old ones, install them when complete, return the manifest."""
     building = folder / "building"
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    check_space(folder, size * 2 // (1 if vocab_size == 256 else 2))  # of two bytes a token, so many bytes of text
+    building.mkdir()
+    check_space(folder, size * (2 if vocab_size == 256 else 1))  # a token takes 2 bytes
     with progress_bar("tokenizer", min(size, TRAIN_CHARS)) as bar:
         tokenizer = Tokenizer.train(train(), vocab_size, bar)
     tokenizer.save(building)
@@ -650,42 +805,49 @@ def build(folder, spec, vocab_size, val_rows, train, val, size):
         docs, tokens = write_store(tokenizer, train(), building / "train", os.cpu_count(), bar)
         val_docs, val_tokens = write_store(tokenizer, val(), building / "val", os.cpu_count(), bar)
     if not docs or val_tokens <= spec["seq_len"]:
-        raise PrepareError(f"{docs} documents to train on and {val_docs} ({val_tokens} tokens) to validate: too few; "
-                           "give more text, 100 KB or so")
+        raise PrepareError(f"{docs} documents to train on and {val_docs} to validate ({val_tokens} tokens) "
+                           "are too few; give more text, 100 KB or so")
     store, capacity = TokenStore(building / "val"), spec["seq_len"] + 1
     rows = list(islice(pack_rows(store.batches(), capacity), val_rows))
     store.rows(rows, capacity).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
-    write_text(building / "manifest.json", json.dumps(manifest | dict(digest=digest(manifest)), indent=1) + "\n")
+    text = json.dumps(dict(manifest, digest=digest(manifest)), indent=1)
+    write_text(building / "manifest.json", text + "\n")
     os.replace(building, folder / "ready")
     install(folder)
     return manifest
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prepare a corpus for train.py: text, tokenizer, tokens. Once.")
+    sys.stdout = Output(sys.stdout)
+    parser = argparse.ArgumentParser(
+        description="Prepare a corpus for train.py: text, tokenizer, tokens. Once.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see: uv run prepare.py --help\n")
     option = parser.add_argument
-    option("--data", default="climbmix", metavar="NAME|PATH", help=f"{', '.join(CORPORA)}, or a file or folder of "
-           f"{' '.join(ENDINGS)} (default: climbmix; python is the source in this environment and needs no network)")
+    option("--data", default="climbmix", metavar="NAME|PATH",
+           help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix; "
+           "python is the source in this environment and needs no network)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix and tinystories, about 250 MB of text each; -1 for all (default: 10, at small scale 1)")
+           help="of climbmix and tinystories, about 250 MB of text each; -1 for all "
+           "(default: 10, at small scale 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with the 4 special tokens; 256 for the bytes beside them (default: 8192, at small scale 2048)")
+           help="with the 4 special tokens; 256 for the bytes beside them "
+           "(default: 8192, at small scale 2048)")
     driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
-    cuda = driver and default_device().type == "cuda"  # torch, seconds to import, is asked only where a driver is
+    cuda = driver and default_device().type == "cuda"  # without a driver, skip the slow import of torch
     option("--scale", choices=SCALES, default="full" if cuda else "small",
-           help="full: rows of 2048 for a GPU; small: rows of 512 for a CPU (default: full where there is CUDA)")
+           help="full: rows of 2048 for a GPU; small: rows of 512 for a CPU "
+           "(default: full where there is CUDA)")
     option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
     for name, low, high, other in (("num_shards", 1, LAST_SHARD, -1), ("vocab_size", 260, 2**16, 256),
                                    ("download_workers", 1, 64, 8)):
         value = getattr(args, name)
-        if value is not None and value != other and not low <= value <= high:
+        if value not in (None, other) and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value} is not from {low} to {high}, nor {other}")
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
-        parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder; check the name")
+        parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder")
     try:
         prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
     except BlockingIOError as holder:
@@ -693,7 +855,7 @@ def main():
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:
-        sys.exit(f"error: {error}; mend that, or set AUTORESEARCH_CACHE to a folder with room that you may write")
+        sys.exit(f"error: {error}; fix that, or set AUTORESEARCH_CACHE to a writable folder with room")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ for line in sys.stdin:
             runpy.run_path(words[0], run_name="__main__")
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(code)  # without the time that torch takes to go
     os.close(output)
@@ -155,6 +157,15 @@ def document(rng, length):
         sentences.append(sentence(rng))
         length -= len(sentences[-1])
     return "".join(sentences)
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """A Run changes standard output and what signals do, for the rest of its process."""
+    output, handler = sys.stdout, signal.getsignal(signal.SIGINT)
+    yield
+    sys.stdout = output
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture

@@ -25,13 +25,14 @@ def test_ruff_finds_nothing():
     assert run.returncode == 0, run.stdout
 
 
-LINES = {"prepare.py": 700, "referee.py": 700, "train.py": 630, "program.md": 150, "README.md": 150}
+BYTES = {"prepare.py": 41_000, "referee.py": 22_000, "train.py": 27_000, "program.md": 7_000, "README.md": 9_000}
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", BYTES)
 def test_files_stay_small(name):
-    lines = (ROOT / name).read_text().splitlines()
-    assert len(lines) <= LINES[name] and max(len(line) for line in lines if line[:1] != "|") <= 120  # but for tables
+    text, width = (ROOT / name).read_text(), 110 if name.endswith(".py") else 120
+    assert len(text.encode()) <= BYTES[name]
+    assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= width  # but for tables
 
 
 def test_dependencies_are_pinned_exactly():
@@ -66,11 +67,11 @@ def test_settings_let_the_agent_edit_the_player_and_run_the_loop():
     rules = json.loads((ROOT / ".claude/settings.json").read_text())["permissions"]
     edited = [rule[7:-1] for rule in rules["allow"] if rule.startswith("Edit(./")]
     patterns = [rule[5:-1] for rule in rules["allow"] if rule.startswith("Bash(")]
-    assert edited == ["train.py", "run.log", ".gitignore"] and len(edited + patterns) == len(rules["allow"])
+    assert edited == ["train.py", "run.log"] and len(edited + patterns) == len(rules["allow"])
     commands = re.findall(r"(?:^ +|`)((?:(?:git|uv|echo|tail|cat) |ls\b|AUTORESEARCH_\w+=)[^`\n]*)", PROGRAM, re.M)
     commands = [command for command in commands if " " in command or command == "ls"]
     parts = [part.replace(" 2>&1", "") for command in commands for part in re.split(" &&(?: |$)", command) if part]
     redirected = [re.split(" >+ ", part) for part in parts]  # to a file that may be edited
     assert {target for _, *targets in redirected for target in targets} == {*edited}
     refused = [part for part, *_ in redirected if not any(fnmatch(part, p) or fnmatch(f"{part} ", p) for p in patterns)]
-    assert len(parts) > 12 and [part[:16] for part in refused] == ["git worktree add"]  # a human's part
+    assert len(parts) > 12 and refused == []

@@ -1,11 +1,11 @@
 """Experiments as `uv run train.py` makes them, and what a train.py of the original finds here."""
 
-import itertools
+import getpass
 import os
+import pwd
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ import torch
 from conftest import block
 
 import prepare
-import referee
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -37,15 +36,9 @@ def test_one_experiment_from_start_to_report(toy):
     assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
     assert 3 <= float(report["training_seconds"]) < 5
     assert 0 < float(report["val_bpb"]) < 4
-    assert losses(first.stdout)[-1] < losses(first.stdout)[0] - 0.2
+    assert losses(first.stdout)[-1] < losses(first.stdout)[0]
     assert "\r" not in first.stdout and first.stdout.startswith(f"commit {report['commit']}, seed 42: ")
     assert first.stdout.count("\nit writes:\n    ") == 2
-    saved = torch.load(prepare.cache_root() / "model.pt")
-    model = train.GPT(train.GPTConfig(**saved["config"]))
-    rows = referee.prepared_rows()[:4]
-    untrained = train.loss_of(model, rows[:, :-1], rows[:, 1:])
-    model.load_state_dict(saved["weights"])
-    assert train.loss_of(model, rows[:, :-1], rows[:, 1:]) < untrained - 1
 
 
 @pytest.fixture
@@ -56,7 +49,7 @@ def small_main(toy, monkeypatch):
         monkeypatch.setattr(train, name, value)
 
     def main():
-        referee.evaluated.clear()  # as in a process of its own
+        prepare.evaluated.clear()  # as in a process of its own
         return train.main()
 
     return main
@@ -75,6 +68,17 @@ def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, caps
     assert other[1] != pytest.approx(again[1], abs=1e-4)
 
 
+def test_a_user_without_an_account_can_train(small_main, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):  # as in a container started for a bare user id
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert small_main()["status"] == "ok" and getpass.getuser() == str(os.getuid())
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("AUTORESEARCH_CACHE")
+    with pytest.raises(prepare.PrepareError, match="set AUTORESEARCH_CACHE to a folder"):
+        train.main()
+
+
 def test_constants_set_from_outside_are_obeyed(small_main, capsys):
     assert small_main()["depth"] == 2
     assert "a step: 1 x 4 rows of 256 tokens" in capsys.readouterr().out
@@ -87,48 +91,12 @@ def test_without_a_compiler_the_step_is_not_compiled(small_main, monkeypatch, ca
     assert small_main()["status"] == "ok" and "parameters on cpu, not compiled" in capsys.readouterr().out
 
 
-def test_the_model_trains_on_the_first_rows_and_the_memory_reads_the_rest(toy, monkeypatch):
-    monkeypatch.setattr(prepare, "BUFFER_DOCS", 5)  # the toy corpus has fewer than 1,000 documents
-    tokenizer, total = prepare.Tokenizer.from_directory(), prepare.read_manifest()["train_tokens"]
-    batches = train.first_rows(tokenizer, 4, 256, 12)
-    rows = torch.cat([next(batches)[0] for _ in range(6)])
-    assert torch.equal(rows[:12], rows[12:]) and len(torch.unique(rows, dim=0)) == 12
-    every = torch.cat([x for x, *_ in itertools.islice(train.first_rows(tokenizer, 4, 256, None), 6)])
-    assert torch.equal(every[:12], rows[:12]) and len(torch.unique(every, dim=0)) == 24
-    pieces = [torch.from_numpy(tokens.astype("int64")) for tokens in train.tokens_after(12, 256, at_once=1000)]
-    assert all(a[-1] == b[0] for a, b in itertools.pairwise(pieces)) and {*map(len, pieces[:-1])} == {1001}
-    rest = torch.cat([pieces[0], *(piece[1:] for piece in pieces[1:])])
-    assert 0.6 * total < len(rest) < total - 12 * 256
-    read = {*map(tuple, rest.unfold(0, 30, 1).tolist())}
-    assert not read.intersection(map(tuple, rows.unfold(1, 30, 1).flatten(0, 1).tolist()))
-
-
-def test_an_experiment_with_a_memory(small_main, monkeypatch):
-    for name, value in dict(MEMORY=(2, 3), TRAIN_ROWS=8).items():
-        monkeypatch.setattr(train, name, value)
-    assert small_main()["status"] == "ok"
-    table = torch.load(prepare.cache_root() / "model.pt")["weights"]["lookups.memory.table"]
-    total = prepare.read_manifest()["train_tokens"]
-    assert len(table) == 2 and table.count_nonzero(1).min() > 0.02 * total and total < table.size(1) <= 2 * total
-
-
-def test_a_slow_memory_leaves_a_short_run_time_to_train(small_main, monkeypatch):
-    def slowly(*args, after=train.tokens_after):
-        for tokens in after(*args, at_once=500):
-            time.sleep(0.2)
-            yield tokens
-
-    for name, value in dict(MEMORY=(2,), TRAIN_ROWS=8, tokens_after=slowly).items():
-        monkeypatch.setattr(train, name, value)
-    record = small_main()
-    assert record["status"] == "ok" and record["num_steps"] > 2
-
-
-@pytest.mark.parametrize("name, value, low", [("AUTORESEARCH_TIME_BUDGET", "soon", 1), ("AUTORESEARCH_SEED", "1.5", 0),
-                                              ("AUTORESEARCH_TIME_BUDGET", "-3", 1)])
-def test_a_bad_number_in_the_environment_is_named(toy, monkeypatch, name, value, low):
+@pytest.mark.parametrize("name, value, rule", [("AUTORESEARCH_TIME_BUDGET", "soon", "from 1 to 1000000"),
+                                               ("AUTORESEARCH_TIME_BUDGET", "-3", "from 1 to 1000000"),
+                                               ("AUTORESEARCH_SEED", "1.5", "from 0 to 4294967295")])
+def test_a_bad_number_in_the_environment_is_named(toy, monkeypatch, name, value, rule):
     monkeypatch.setenv(name, value)
-    with pytest.raises(prepare.PrepareError, match=f"error: {name}='{value}' is not a number of at least {low}; set"):
+    with pytest.raises(prepare.PrepareError, match=re.escape(f"error: {name}={value!r} is not a number {rule}; set")):
         train.main()
 
 

@@ -20,7 +20,6 @@ from torch import nn
 from tqdm import tqdm
 
 import prepare
-import referee
 
 QUIET = tqdm(disable=True)
 
@@ -395,11 +394,11 @@ def test_encode_takes_one_text_or_many_and_prepends(in_climbmix):
 
 @pytest.mark.parametrize("text", TEXTS + ["".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x11000)]))])
 def test_the_bytes_of_a_texts_tokens_are_its_utf8_bytes(in_climbmix, text):
-    assert int(referee.bytes_of_tokens(in_climbmix)[in_climbmix.encode(text)].sum()) == len(text.encode())
+    assert int(prepare.bytes_of_tokens(in_climbmix)[in_climbmix.encode(text)].sum()) == len(text.encode())
 
 
 def test_tokens_that_are_no_utf8_count_their_raw_bytes(in_climbmix, twin):
-    lengths, broken = referee.bytes_of_tokens(in_climbmix).tolist(), 0
+    lengths, broken = prepare.bytes_of_tokens(in_climbmix).tolist(), 0
     for token, rank in twin._mergeable_ranks.items():
         broken += "\ufffd" in token.decode(errors="replace")
         assert lengths[rank] == len(token)
@@ -553,7 +552,7 @@ def test_a_loader_that_cannot_be_says_so(toy, B, T, split):
 
 
 # ======================================================================================================================
-# referee.py: 1. Evaluation
+# 6. Evaluation
 
 
 class Causal(nn.Module):
@@ -600,7 +599,7 @@ def expected(toy):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 16, 33, 64])
 def test_bits_per_byte_are_the_references_whatever_the_batch(toy, expected, batch_size):
-    value = referee.evaluate_bpb(Causal(512), prepare.Tokenizer.from_directory(), batch_size)
+    value = prepare.evaluate_bpb(Causal(512), prepare.Tokenizer.from_directory(), batch_size)
     assert value == pytest.approx(expected, abs=1e-6)
 
 
@@ -610,7 +609,7 @@ def test_uniform_logits_cost_log2_v_a_token(rows, batch_size):
     targets = [target for row in rows for target in row[1:] if target < 508]
     assert len(targets) < 256 * len(rows), "no special token among the targets: what is left out cannot show"
     size = sum(len(tokenizer.enc.decode_single_token_bytes(target)) for target in targets)
-    value = referee.evaluate_bpb(Uniform(512), tokenizer, batch_size)
+    value = prepare.evaluate_bpb(Uniform(512), tokenizer, batch_size)
     assert value == pytest.approx(math.log2(512) * len(targets) / size, abs=1e-6)
 
 
@@ -618,20 +617,20 @@ def test_uniform_logits_cost_log2_v_a_token(rows, batch_size):
 def test_evaluation_is_in_eval_mode_and_restores_training_mode(toy, training):
     model, modes = Causal(512).train(training), set()
     model.register_forward_pre_hook(lambda module, _: modes.add((module.training, torch.is_grad_enabled())))
-    referee.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 8)
+    prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 8)
     assert modes == {(False, False)} and model.training is training and torch.is_grad_enabled()
 
 
 def test_out_of_memory_halves_the_batch_and_changes_nothing_else(toy, expected):
     model = Causal(512, memory=2)
-    value = referee.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 64)
+    value = prepare.evaluate_bpb(model, prepare.Tokenizer.from_directory(), 64)
     assert value == pytest.approx(expected, abs=1e-6) and max(model.batches) > 2
     with pytest.raises(torch.OutOfMemoryError):
-        referee.evaluate_bpb(Causal(512, memory=0), prepare.Tokenizer.from_directory(), 64)
+        prepare.evaluate_bpb(Causal(512, memory=0), prepare.Tokenizer.from_directory(), 64)
 
 
 # ======================================================================================================================
-# 6. main, as a command
+# 7. main, as a command
 
 MISTAKES = [
     ["--num-shards", "0"], ["--data", "nowhere/at/all"], ["--data", ""], ["--num-shards", "abc"],

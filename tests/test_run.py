@@ -1,14 +1,14 @@
-"""How runs end and what they leave: train.py and a smaller player as processes, in scratch git repositories."""
+"""How runs end, what they leave, and what git may do to them: train.py and a smaller player as processes."""
 
 import fcntl
 import json
-import math
 import os
 import re
 import shutil
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,9 @@ CPU_LOCK = f"cpu-{os.uname().nodename}.lock"  # machines may share a cache
 
 # A player of one parameter, whose score an edit of one line decides
 PLAYER = """
-import ctypes, os, sys, time
+import ctypes, os, resource, signal, sys, time
 import torch
-from prepare import Tokenizer
+from prepare import Tokenizer, cache_root
 from referee import Run
 
 WASTE = 10.0  # logit of a token that never comes: the less the better
@@ -36,7 +36,7 @@ class Player(torch.nn.Module):
     def forward(self, idx):
         return self.bias.expand(*idx.shape, -1)
 
-with Run(globals(), grace=30.0) as run:
+with Run() as run:
     tokenizer = Tokenizer.from_directory()
     run.start()
     while run.progress() < 1:
@@ -44,6 +44,7 @@ with Run(globals(), grace=30.0) as run:
         time.sleep(0.05)
         pass  # in the loop
     run.score(Player(tokenizer.get_vocab_size()), tokenizer, 16)
+    pass  # after the score
 """
 
 
@@ -56,7 +57,7 @@ def driver():
 def edit(path, *replacements):
     text = path.read_text()
     for old, new in replacements:
-        text, count = re.subn(old, new.replace("\\", r"\\"), text, flags=re.M)
+        text, count = re.subn(old, lambda _, new=new: new, text, flags=re.M)
         assert count == 1, f"{path.name} has {count} times {old!r}"
     path.write_text(text)
 
@@ -73,30 +74,36 @@ class Lab:
     """A scratch repository with a player and a small default budget; a cache with the toy corpus and a journal."""
 
     def __init__(self, driver, folder, toy, budget=0.2, player=PLAYER):
-        self.driver, self.folder, self.repository = driver, folder, folder / "repo"
+        self.driver, self.folder, self.repository, self.clock = driver, folder, folder / "repo", 1_700_000_000
         self.repository.mkdir(parents=True)
         self.cache = prepared(folder / "cache", toy)
         for name in ("prepare.py", "referee.py"):
             shutil.copy(ROOT / name, self.repository)
         (self.repository / ".gitignore").write_text("__pycache__/\n")
-        (self.repository / "results.tsv").write_text(referee.HEADER + "\n")
-        edit(self.repository / "referee.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
+        (self.repository / "results.tsv").write_text(f"{referee.HEADER}\n1234567\t1.000000\t0.0\tkeep\tas shipped\n")
+        edit(self.repository / "prepare.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
         (self.repository / "train.py").write_text(player)
         self.git("init", "-q", "-b", "main")
         self.git("add", ".")
-        self.commit("baseline")
+        self.commit("the repository")
 
-    def git(self, *words):
+    def git(self, *words, **env):
+        self.clock += 1  # no two commits have one time
+        env = os.environ | dict(GIT_AUTHOR_DATE=f"{self.clock} +0000") | env
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words]
-        return subprocess.run(command, cwd=self.repository, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=self.repository, check=True, capture_output=True, env=env).stdout.decode(
+            errors="replace").strip()
 
     def commit(self, subject):
         self.git("commit", "-q", "-a", "--allow-empty", "-m", subject)
 
-    def start(self, folder=None, **env):
+    def head(self):
+        return self.git("rev-parse", "HEAD")[:7]
+
+    def start(self, folder=None, script="train.py", **env):
         """Start train.py, of which the driver writes to `folder`."""
         env["AUTORESEARCH_CACHE"] = str(self.cache)
-        begin(self.driver, ["train.py"], self.repository, folder or self.folder, env)
+        begin(self.driver, [script], self.repository, folder or self.folder, env)
 
     def running(self):
         """The pid of a run that has printed two losses."""
@@ -105,31 +112,48 @@ class Lab:
         return int((self.folder / "pid").read_text())
 
     def wait(self, folder=None):
-        """Until nobody of the run is left."""
+        """(exit code, output) once nobody of the run is left."""
         folder = folder or self.folder
         until((folder / "exit").exists, f"the end of all who write to {folder / 'run.log'}")
+        return int((folder / "exit").read_text()), (folder / "run.log").read_text(errors="replace")
 
     def end(self, folder=None):
-        """(exit code, log, block) of a run that has ended."""
-        folder = folder or self.folder
-        self.wait(folder)
-        log = (folder / "run.log").read_text()
+        """(exit code, log, report) of a run that has ended."""
+        code, log = self.wait(folder)
         assert log.count("---\n") == 1, log
-        return int((folder / "exit").read_text()), log, block(log)
+        return code, log, block(log)
 
     def experiment(self, **env):
         self.start(**env)
         return self.end()[2]
 
+    def look(self):
+        """What `uv run referee.py` prints, by lines."""
+        folder = self.folder / "look"
+        folder.mkdir(exist_ok=True)
+        self.start(folder, script="referee.py")
+        code, output = self.wait(folder)
+        assert code == 0, output
+        return output.splitlines()
+
     def set_waste(self, waste):
         edit(self.repository / "train.py", ("^WASTE = [0-9.]+", f"WASTE = {waste}"))
 
-    def set_in_loop(self, line, grace=30.0):
-        edit(self.repository / "train.py", (".*# in the loop", f"        {line}  # in the loop"),
-             ("grace=[0-9.]+", f"grace={grace}"))
+    def set_line(self, line, where="in the loop"):
+        indent = "        " if where == "in the loop" else "    "
+        edit(self.repository / "train.py", (f".*# {where}", f"{indent}{line}  # {where}"))
+
+    def set_limits(self, seconds):
+        edit(self.repository / "referee.py", ("(?<=EVAL_LIMIT = )900, 300, 1800", f"60, {seconds}, {seconds}"))
 
     def journal(self):
-        return [json.loads(line) for line in (self.cache / "runs.jsonl").read_text().splitlines()]
+        """The last record of each run, in the order of their starts."""
+        records = {}
+        for line in (self.cache / "runs.jsonl").read_text().splitlines():
+            if line:
+                record = json.loads(line)
+                records[record["run"]] = record
+        return [*records.values()]
 
     def results(self):
         header, *rows = (self.repository / "results.tsv").read_text().split("\n")
@@ -142,33 +166,42 @@ def lab(driver, tmp_path, toy):
     return Lab(driver, tmp_path, toy)
 
 
+def memory_gb(record):
+    """The column of results.tsv: without a GPU of the process, which has imported torch; 0 without a score."""
+    if record["status"] != "ok":
+        return "0.0"
+    assert record["peak_vram_mb"] > 100
+    return f"{record['peak_vram_mb'] / 1024:.1f}"
+
+
 # Every ending of the real train.py
 
 KILLED = "killed from outside, or by the system when memory ran out"
-ENDINGS = {  # what happens after the third step, a line or a signal: status, error, exit code
-    "hung": ("exec('while True: pass')", "timeout", ".*4 s .* time budget of 1 s.*", -9),
-    "hung in C": ("ctypes.PyDLL(None).sleep(100)", "timeout", ".*4 s .* time budget of 1 s.*", -9),
-    "interrupted": (signal.SIGINT, "crash", "interrupted", 130),
-    "terminated": (signal.SIGTERM, "crash", KILLED, -15),
-    "killed": (signal.SIGKILL, "crash", KILLED, -9),
-    "pkill": ("[os.kill(pid, 15) for pid in (run.watcher, os.getpid())]", "crash", KILLED, -15),
+HUNG = r"hung; the traceback is in .*\.trace"
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))"  # bytes of a file: a full disk
+ENDINGS = {  # what happens after the third step, a line or signals: status, error, exit code
+    "hung": ("exec('while True: pass')", "timeout", HUNG, 1),
+    "hung in C": ("ctypes.PyDLL(None).sleep(100)", "timeout", HUNG, 1),
+    "Ctrl-C twice": ([signal.SIGINT, signal.SIGINT], "crash", f"interrupted|{KILLED}", 130),
+    "terminated": ([signal.SIGTERM], "crash", "interrupted", 130),
+    "hung up": ([signal.SIGHUP], "crash", "interrupted", 130),
+    "killed": ([signal.SIGKILL], "crash", KILLED, -9),
     "crash": (r"raise ValueError('no such\nlayer')", "crash", "ValueError: no such layer", 1),
     "exit": ("sys.exit('gave up')", "crash", "SystemExit: gave up", 1),
     "nan": ("loss.mul_(math.nan)", "nan", "training loss is nan at step 3", 1),
     "oom": ("raise torch.OutOfMemoryError('of 80 GB')", "oom", "OutOfMemoryError: of 80 GB", 1),
-    "refused": ("break", "refused", r"trained for 0\.\d s of a budget of 1\.2 s: stop when progress\(\) is 1, "
-                "and let no step take more than 1% of it", 1),
+    "refused": ("break", "refused", r"trained for 0\.\d s of a budget of 1\.2 s: stop at progress\(\) 1", 1),
+    "full disk": (FULL, "ok", "(OS|Runtime)Error: .*", 0),
     "ok": ("pass", "ok", "", 0),
-}
+}  # fmt: skip
 
 
-def small_train(line, grace):
+def small_train(line):
     """train.py with a tiny model, and `line` after the third step."""
     source = (ROOT / "train.py").read_text()
     changes = {rf"^    {name} = .*": f"    {name} = {value}"
                for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256).items()}
-    changes |= {"^COMPILE = .*": "COMPILE = False", r"(?<=MIX = 8, 10, )2..14": "2**6",
-                r"Run\(globals\(\)": f"Run(globals(), grace={grace}",
+    changes |= {"^COMPILE = .*": "COMPILE = False",
                 "(?<=run.step.loss, forwards . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
     for old, new in changes.items():
         source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)
@@ -181,44 +214,51 @@ def endings(driver, toy, tmp_path_factory):
     """{name: Lab} in which train.py comes to each of its ends."""
     labs = {}
     for name, (what, status, *_) in ENDINGS.items():
-        signalled = isinstance(what, signal.Signals)
-        player = small_train("time.sleep(60)" if signalled else what, 4 if status == "timeout" else 60)
+        signals = what if isinstance(what, list) else []
+        player = small_train("time.sleep(60)" if signals else what)
         lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, 1.2, player)
         (lab.cache / CPU_LOCK).write_text("999999999\n")  # of a dead process
+        (lab.cache / "best.pt").write_text("of the last night")
+        if status == "timeout":
+            lab.set_limits(3)
+            lab.commit("the repository")
         lab.start()
-        if signalled:
-            os.kill(lab.running(), what)
-        elif status == "timeout":
-            lab.running()  # before the others make it slow
+        if signals or status == "timeout":
+            pid = lab.running()  # before the others make it slow
+        for number in signals:
+            os.kill(pid, number)
+            time.sleep(0.02)
     return labs
 
 
-def memory_gb(record):
-    """The column of results.tsv: without a GPU of the process, which has imported torch; 0 without a score."""
-    if record["status"] != "ok":
-        return "0.0"
-    assert record["peak_vram_mb"] > 100
-    return f"{record['peak_vram_mb'] / 1024:.1f}"
-
-
 @pytest.mark.parametrize("name", ENDINGS)
-def test_every_ending_is_reported(endings, name):
+def test_every_ending_leaves_a_row_and_a_reason(endings, name):
     lab, (_, status, error, expected_code) = endings[name], ENDINGS[name]
-    code, log, block = lab.end()
-    assert (code, block["status"]) == (expected_code, status)
-    assert re.fullmatch(error, block.get("error", ""))
-    assert ("val_bpb" in block) == (status == "ok")
-    [record], [row] = lab.journal(), lab.results()
-    assert [record[key] for key in ("status", "error", "commit")] == [status, block.get("error", ""), block["commit"]]
-    assert record["depth"] == 1 and record["num_steps"] >= 1 and record["constants"]["TOTAL_BATCH"] == 256
-    scored = [block["val_bpb"], memory_gb(record), "keep"] if status == "ok" else ["0.000000", "0.0", "crash"]
-    assert row == [block["commit"], *scored, "baseline"]
-    last = log[-3_000:]
-    assert f"\nstatus:           {status}\n" in last
-    assert ("Traceback" in last) == (name in ("crash", "exit")), last
-    assert name != "crash" or "\nValueError: no such\nlayer\n---\n" in last
+    code, log = lab.wait()
+    table = lab.look()
+    [row], [record], commit = lab.results(), referee_runs(lab), lab.head()
+    assert (code, record["status"], record["commit"]) == (expected_code, status, commit)
+    assert re.fullmatch(error, record["error"]) and (record["error"] in table[1])
+    assert record["depth"] == 1 and record["description"] == "the repository"
+    state = "keep" if status == "ok" else "crash"
+    score = f"{record['val_bpb']:.6f}" if status == "ok" else "0.000000"
+    assert row == [commit, score, memory_gb(record), state, "the repository"]
+    assert ("Traceback" in log) == (name in ("crash", "exit", "full disk")), log
+    if name not in ("hung", "hung in C", "killed"):  # whose end only a later command can tell
+        report = block(log)
+        assert (report["status"], report.get("error", "")) == (status, record["error"])
+        assert report.get("val_bpb", "0.000000") == score and record["num_steps"] >= 3
+    assert (lab.cache / "best.pt").read_bytes().startswith(b"PK" if name == "ok" else b"of the last night")
+    assert len([*lab.cache.glob("*.trace")]) == (name in ("hung", "hung in C", "killed"))
     with open(lab.cache / CPU_LOCK) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def referee_runs(lab):
+    """The runs as referee.py reads them: those without an end have one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+        return referee.all_runs()
 
 
 # One run at a time
@@ -230,265 +270,315 @@ def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
     lab.start()
     pid = lab.running()
     lab.start(second)
-    code, _, block = lab.end(second)
-    assert (code, block["status"]) == (1, "refused") and "val_bpb" not in block
-    assert f"process {pid} trains on it" in block["error"]
-    assert float(block["total_seconds"]) < 5
-    assert lab.results() == [] and [record["status"] for record in lab.journal()] == ["refused"]
+    code, output = lab.wait(second)
+    assert code == 1 and re.fullmatch(rf"error: cpu .* is taken: process {pid}-\S+ trains on it; .*\n", output)
+    table = lab.look()
+    assert table[1].split()[:7] == ["60", "42", "0", lab.head(), "0.000000", "0.0", "running"]
+    assert len(lab.journal()) == 1
+    assert re.search(rf"; process {pid} is running, \d+ s left;", table[-1])
     os.kill(pid, signal.SIGKILL)
-    assert lab.end()[2]["status"] == "crash"
-    assert [row[3] for row in lab.results()] == ["crash"]
+    lab.wait()
+    assert lab.look()[-1].startswith("1 runs, 0 kept, 1 crashed")
 
 
-# Rows of results.tsv
+# Rows and verdicts
 
 
 @pytest.mark.parametrize("env", [dict(AUTORESEARCH_TIME_BUDGET="1"), dict(AUTORESEARCH_SEED="7")])
-def test_a_non_standard_run_is_in_the_journal_alone(lab, env):
-    block = lab.experiment(**env)
-    assert block["status"] == "ok" and "val_bpb" in block and block["verdict"].startswith("none: AUTORESEARCH_")
+def test_a_trial_is_in_the_journal_alone(lab, env):
+    before = (lab.repository / "results.tsv").read_text()
+    report = lab.experiment(**env)
+    assert report["status"] == "ok" and report["verdict"] == "none (a trial, not in results.tsv)"
     [record] = lab.journal()
     assert (record["standard"], record["seed"]) == (False, int(env.get("AUTORESEARCH_SEED", 42)))
-    assert "row" not in record and lab.results() == []
-    lab.commit("another")
-    again = lab.experiment(**env)["verdict"]
-    assert again.endswith(f"; the last such run of kept code: {block['val_bpb']} ({block['commit']})")
-    last = lab.experiment(AUTORESEARCH_SEED="8")
-    assert "such run" not in block["verdict"] + last["verdict"]
-    assert "noise" not in block and last.get("noise") == ("0.000000" if "AUTORESEARCH_SEED" in env else None)
+    assert lab.look()[1].split()[1:4:2] == [str(record["seed"]), lab.head()]
+    assert (lab.repository / "results.tsv").read_text() == before
+
+
+def run_of(commit, val_bpb, seed=42, state="keep", **changes):
+    """A record as verdict_of reads it."""
+    return dict(commit=commit, val_bpb=val_bpb, seed=seed, state=state, status="ok", time_budget=300.0, data="d",
+                standard=seed == 42) | changes
+
+
+BASE = [run_of("a", 1.000), run_of("a", 1.004, 1)]  # noise 0.0028
+CONFIRM, SIMPLER = "confirm: run again with AUTORESEARCH_SEED=1", ": keep it only if the code is simpler"
+VERDICTS = {  # the runs of the night, the last of them judged
+    "first": ([run_of("a", 1.0)], "keep (first)"),
+    "first, run again": ([run_of("a", 1.0), run_of("a", 1.1)], "keep (first)"),
+    "worse": ([*BASE, run_of("b", 1.01)], "discard (0.0100 worse than 1.0000)"),
+    "worse, within the noise": (
+        [*BASE, run_of("b", 1.002)], f"discard (0.0020 worse than 1.0000, within the noise of 0.0028{SIMPLER})"),
+    "better by less than half the noise": (
+        [*BASE, run_of("b", 0.999)], f"discard (0.0010 better than 1.0000, within the noise of 0.0028{SIMPLER})"),
+    "better": ([*BASE, run_of("b", 0.990)], f"{CONFIRM} (0.0100 better than 1.0000, noise 0.0028)"),
+    "confirmed": ([*BASE, run_of("b", 0.990), run_of("b", 0.992, 1)],
+                  "keep (0.0110 better on the mean of two seeds, noise 0.0022)"),
+    "not confirmed": ([*BASE, run_of("b", 0.990), run_of("b", 1.012, 1)],
+                      f"discard (0.0010 better on the mean of two seeds, within the noise of 0.0112{SIMPLER})"),
+    "refuted": ([*BASE, *[run_of("c", 1.002)] * 10, run_of("b", 0.998), run_of("b", 1.026, 1)],
+                "discard (0.0100 worse on the mean of two seeds)"),
+    "repeated": ([*BASE, run_of("b", 0.990), run_of("b", 1.012)],
+                 f"discard (0.0010 worse than 1.0000, within the noise of 0.0112{SIMPLER})"),
+    "nothing to confirm with": ([run_of("a", 1.0), run_of("b", 0.99)],
+                                "keep (0.0100 better than 1.0000)"),
+    "other data": ([*BASE, run_of("b", 1.5, data="e")], "keep (first)"),
+    "other budget": ([*BASE, run_of("b", 1.5, time_budget=20.0, standard=False)], "none (a trial, not in results.tsv)"),
+    "the best was undone": (
+        [*BASE, run_of("b", 0.9, state="discard"), run_of("c", 0.990)],
+        f"{CONFIRM} (0.0100 better than 1.0000, noise 0.0028)"),
+    "a mean to beat": ([*BASE, run_of("a", 1.010), run_of("b", 1.004)],
+                       f"discard (0.0010 better than 1.0050, within the noise of 0.0050{SIMPLER})"),
+    "the other seed of the first": (BASE, "none (a trial, not in results.tsv)"),
+    "no score": ([*BASE, run_of("b", None, status="oom", state="crash")],
+                 "none (no score): fix a mistake and run again, or undo the commit"),
+    "uncommitted": ([*BASE, run_of("b+", 0.5, state="discard")],
+                    "none (uncommitted changes): commit them and run again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+def test_the_verdict_says_what_to_do(name):
+    runs, words = VERDICTS[name]
+    assert referee.verdict_of(runs[-1], runs) == words
 
 
 def test_noise_is_that_of_equal_runs():
-    def runs(commit, *values, **changes):
-        record = dict(commit=commit, status="ok", time_budget=300.0, data="d") | changes
-        return [record | dict(val_bpb=value) for value in values]
-
-    alone = [*runs("a", 1.0), *runs("b", 2.0), *runs("a", 3.0, data="e"), *runs("c+", 4.0, 5.0)]
-    assert math.isnan(referee.noise(alone))
-    repeated = [*runs("a", 1.2, 1.22), *runs("b", 1.3, 1.33, 1.36), *runs("c", 9.0), *runs("a", None, status="crash")]
-    assert referee.noise([*repeated, {}]) == pytest.approx(((2 * 0.01**2 + 2 * 0.03**2) / 3) ** 0.5)
-
-
-def test_rows_and_verdicts_agree(lab):
-    expected = []
-    for waste, status in ((6, "keep"), (7, "discard"), (6, "discard"), (4, "keep")):
-        lab.set_waste(waste)
-        lab.commit("tabs\tand\nlines of cafés\n\nand a body")
-        best = f"best was {expected[0][1]}" if expected else "first"
-        block = lab.experiment()
-        assert block["verdict"] == f"{status} ({best})"
-        hash = lab.git("rev-parse", "--short=7", "HEAD")
-        expected.append([hash, block["val_bpb"], memory_gb(lab.journal()[-1]), status, "tabs and lines of cafés"])
-        assert lab.results() == expected and lab.journal()[-1]["row"] == "\t".join(expected[-1])
-        assert lab.journal()[-1]["constants"] == dict(WASTE=waste)
-
-
-def test_a_commit_taken_back_is_no_mark_to_beat(lab):
-    verdicts = []
-    for waste, keep in ((6, True), (4, False), (5, True), (5.5, True)):
-        lab.set_waste(waste)
-        lab.commit(f"try {waste}")
-        verdicts.append(lab.experiment()["verdict"])
-        if not keep:
-            lab.git("reset", "-q", "--hard", "HEAD~1")
-    first, _, third = (row[1] for row in lab.results() if row[3] == "keep")
-    best = [f"best was {first}"] * 2 + [f"best was {third}"]
-    assert verdicts == ["keep (first)", *(f"{s} ({b})" for s, b in zip(["keep", "keep", "discard"], best, strict=True))]
-
-
-def test_a_run_on_other_data_is_no_mark_to_beat(lab):
-    first = lab.experiment()
-    journal = lab.cache / "runs.jsonl"
-    journal.write_text(journal.read_text().replace(f'"data": "{first["data"]}"', '"data": "other-small"'))
-    lab.set_waste(11)
-    lab.commit("worse, but on its own data")
-    second = lab.experiment()
-    assert second["verdict"] == lab.experiment()["verdict"] == "keep (first)"  # nor is what is run again
-    lab.commit("the same")
-    assert lab.experiment()["verdict"] == f"discard (best was {second['val_bpb']})"
-
-
-def test_the_runs_of_a_branch_are_shown_with_their_seeds(lab):
-    seen = [lab.experiment(), lab.experiment(AUTORESEARCH_SEED="1")]
-    for waste, line in ((4, "pass"), (3, "1 / 0")):
-        lab.set_waste(waste)
-        lab.set_in_loop(line)
-        lab.commit(f"try\t{waste}")
-        seen.append(lab.experiment())
-        lab.git("reset", "-q", "--hard", "HEAD~1")
-    lab.experiment(AUTORESEARCH_TIME_BUDGET="1")
-    env = dict(AUTORESEARCH_CACHE=str(lab.cache))
-    begin(lab.driver, [str(lab.repository / "referee.py")], lab.repository, lab.folder, env)
-    lab.wait()
-    header, *lines, last = (lab.folder / "run.log").read_text().splitlines()
-    assert header.split() == ["commit", "seed", "val_bpb", "tokens/s", "status", "description"]
-    assert last == "noise: 0.000000"
-    statuses, texts = ("keep", "ok", "keep", "crash"), ("baseline", "baseline", "try 4", "try 3")
-    assert [line[0] for line in lines] == ["*", "*", " ", " "]
-    assert [line[1:].split(maxsplit=5) for line in lines] == [
-        [run["commit"], run["seed"], run.get("val_bpb", "0.000000"), run["tokens_per_second"], *words]
-        for run, *words in zip(seen, statuses, texts, strict=True)
-    ]
+    alone = [run_of("a", 1.0), run_of("b", 2.0), run_of("a", 3.0, data="e"), run_of("c+", 4.0), run_of("c+", 5.0)]
+    assert referee.noise(alone) == 0
+    values = dict(a=[1.2, 1.22], b=[1.3, 1.33, 1.36], c=[9.0])
+    repeated = [run_of(commit, value) for commit, values in values.items() for value in values]
+    crash = run_of("a", None, status="crash")
+    assert referee.noise([*repeated, crash]) == pytest.approx(((2 * 0.01**2 + 2 * 0.03**2) / 3) ** 0.5)
 
 
 @pytest.mark.parametrize("name, mark", [("train.py", "+"), ("prepare.py", "+"), ("referee.py", "+"), ("README.md", "")])
-def test_a_change_not_committed_is_marked(lab, name, mark):
+def test_uncommitted_changes_are_marked_kept_and_not_kept(lab, name, mark):
+    lab.experiment()
     with open(lab.repository / name, "a") as f:
         f.write("# a change\n")
-    commit = lab.git("rev-parse", "--short=7", "HEAD") + mark
-    assert lab.experiment()["commit"] == commit
-    assert lab.results()[0][0] == lab.journal()[0]["commit"] == commit
+    report = lab.experiment()
+    rows = lab.results()
+    assert rows[1][0] == report["commit"] and rows[1][3] == ("discard" if mark else "keep")
+    assert report["commit"] == (lab.head() if not mark else report["commit"][:7] + "+")
+    if mark:  # the code is in git, and in no branch
+        assert lab.git("show", f"refs/runs/{report['commit'][:7]}:{name}").endswith("# a change")
+        assert lab.git("branch", "--contains", report["commit"][:7]) == ""
+    assert lab.git("stash", "list") == "" and "\n# a change\n" in "\n" + (lab.repository / name).read_text()
+
+
+def test_a_log_that_is_a_link_is_written_through(lab):
+    elsewhere = lab.folder / "log.tsv"
+    shutil.move(lab.repository / "results.tsv", elsewhere)
+    (lab.repository / "results.tsv").symlink_to(elsewhere)
+    lab.experiment()
+    assert (lab.repository / "results.tsv").is_symlink() and elsewhere.read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["runs.jsonl", "results.tsv"])
+def test_a_log_that_cannot_be_written_costs_not_the_other(lab, name):
+    other = dict(zip(("runs.jsonl", "results.tsv"), (lab.cache, lab.repository), strict=True))
+    path = other[name] / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(lab.folder / "no folder" / "log")
+    report = lab.experiment()
+    assert report["status"] == "ok" and "NOT LOGGED" in report["error"] and report["verdict"] == "keep (first)"
+    path = next(folder / file for file, folder in other.items() if file != name)
+    assert report["val_bpb"][:-1] in path.read_text()
 
 
 # What must not cost a run its record
 
 
-AFTER = {  # the score: the exit code and the error of the run
-    "raise ValueError('the sample')": (0, "ValueError: the sample"), "os.kill(os.getpid(), 9)": (-9, KILLED),
-    "time.sleep(100)": (-9, "still running 2 s after its time budget of 0 s"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("line", AFTER)
-def test_what_ends_a_run_after_the_score_does_not_lose_it(lab, line):
-    (lab.repository / "train.py").write_text(PLAYER.replace("grace=30.0", "grace=2.0") + f"    {line}\n")
-    lab.start()
-    code, log, block = lab.end()
-    assert (code, block["error"], block["status"]) == (*AFTER[line], "ok") and ("Traceback" in log) == (code == 0)
-    assert [row[1:4] for row in lab.results()] == [[block["val_bpb"], memory_gb(lab.journal()[0]), "keep"]]
-
-
-@pytest.mark.parametrize("line, status", [
-    ("run.record['constants']['KINDS'] = {(0, 1): 2, 'a': (torch.float32, len)}; run.note()", "ok"),  # no JSON
-    ("os.fork() or (time.sleep(2), os._exit(0))", "ok"),  # a process that outlives the run and its grace
-    ("r, w = os.pipe(); os.close(r); os.dup2(w, 1)", "crash"),  # nobody reads the output
-    ("os.kill(run.watcher, 9); 1 / 0", "crash"),  # nobody else reports it
-    ("os.write(run.pipe, b'half a record\\n')", "ok"),  # the watcher fails
+@pytest.mark.parametrize("line, code, error", [
+    ("raise ValueError('the sample')", 0, "ValueError: the sample"), ("os.kill(os.getpid(), 9)", -9, ""),
+    (f"{FULL.replace('50_000', '1')}; torch.save(0, cache_root() / 'best.pt')", 0, "(OS|Runtime)Error: .*NOT LOGGED.*"),
 ])  # fmt: skip
-def test_an_unusual_run_is_recorded_once(lab, line, status):
-    lab.set_in_loop(f"if run.record['num_steps'] == 1: {line}", grace=1.5)
+def test_what_ends_a_run_after_the_score_does_not_lose_it(lab, line, code, error):
+    lab.set_line(line, "after the score")
+    lab.commit("the end")
+    lab.start()
+    assert lab.wait()[0] == code
+    lab.look()
+    [record] = lab.journal()
+    assert [row[:4] for row in lab.results()] == [[lab.head(), f"{record['val_bpb']:.6f}", memory_gb(record), "keep"]]
+    log = (lab.folder / "run.log").read_text()
+    assert code or re.fullmatch(error, block(log)["error"]) and block(log)["status"] == "ok"
+
+
+@pytest.mark.parametrize("line", [
+    "os.fork() or (time.sleep(2), os._exit(0))",  # a process that outlives the run
+    "r, w = os.pipe(); os.close(r); os.dup2(w, 1)",  # nobody reads the output
+    "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
+    "run.record['constants'] = {'KINDS': [torch.float32, len]}",  # no JSON
+])  # fmt: skip
+def test_an_unusual_run_is_recorded_once(lab, line):
+    lab.set_line(f"if run.record['num_steps'] == 1: {line}")
+    lab.commit("unusual")
     lab.start()
     lab.wait()
-    [record] = lab.journal()
-    assert record["status"] == status and record["row"]
+    assert [record["status"] for record in lab.journal()] == ["ok"]
+    assert [row[3:] for row in lab.results()] == [["keep", "unusual"]]
 
 
-def test_a_run_without_git_is_recorded(lab):
-    block = lab.experiment(PATH="/nowhere")
-    assert (block["status"], block["commit"]) == ("ok", "none")
+@pytest.mark.parametrize("script, redirection", [
+    ("train.py", ">&- 2>&-"), ("train.py", "| head -n 1"), ("referee.py", "| head -n 1"), ("prepare.py --help", ">&-"),
+    ("prepare.py --help", "| head -n 1"),
+])  # fmt: skip
+def test_output_that_nobody_reads(lab, script, redirection):
+    lab.experiment()
+    command = f"set -o pipefail; {sys.executable} {script} {redirection}"
+    env = os.environ | dict(AUTORESEARCH_CACHE=str(lab.cache), CUDA_VISIBLE_DEVICES="")
+    run = subprocess.run(["bash", "-c", command], cwd=lab.repository, env=env, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert [record["status"] for record in lab.journal()] == ["ok"] * (2 if script == "train.py" else 1)
 
 
-def test_a_lock_that_cannot_be_opened_is_a_crash(lab):
-    (lab.cache / CPU_LOCK).mkdir()
-    assert lab.experiment()["error"].startswith("IsADirectoryError: ")
-    assert [record["status"] for record in lab.journal()] == ["crash"]
+def test_without_git_a_run_is_recorded_and_the_reason_is_said(lab):
+    lab.start(PATH="/nowhere")
+    _, log, report = lab.end()
+    assert (report["status"], report["commit"], report["verdict"]) == ("ok", "none", "keep (first)")
+    assert len(re.findall("^git log failed: .*git.*", log, re.M)) == 1
 
 
-def test_half_a_line_stays_alone(tmp_path):
-    path = tmp_path / "below" / "lines"
-    referee.append_line(path, "first")
-    referee.append_line(path, "second")
-    path.write_bytes(path.read_bytes() + "hälf".encode()[:2])
-    referee.append_line(path, "third")
-    assert path.read_bytes() == b"first\nsecond\nh\xc3\nthird\n"
+def test_a_refusal_of_git_is_said(lab):
+    (lab.repository / ".git/config").write_text("[nonsense\n")
+    lab.start()
+    _, log, report = lab.end()
+    assert "git log failed: fatal: bad config line 1 in file" in log and report["commit"] == "none"
 
 
-def test_rows_come_from_the_file_and_the_journal(lab):
-    by_hand, here = "1234567\tn/a\t1\tkeep\tmade by hand", dict(repository=str(lab.repository), branch="main")
-    with open(lab.repository / "results.tsv", "a") as f:
-        f.write(f"{by_hand}\na row in both")  # the second without its newline
-    records = [here | dict(row="a row in both"), here | dict(row="lost"), here | dict(row="lost"), here,
-               dict(row="elsewhere"), here | dict(row="elsewhere", repository="/other"),
-               here | dict(row="elsewhere", branch="other")]
-    lines = [*map(json.dumps, records), '{"row": "ha', '{"constants": {"DEPTH": 8}', "[]", "\xe4{}", '{"row": "ha']
-    (lab.cache / "runs.jsonl").write_text("\n".join(lines))
-    block = lab.experiment()
-    assert block["verdict"] == "keep (first)"
-    last = json.loads((lab.cache / "runs.jsonl").read_text().splitlines()[-1])
-    new = [block["commit"], block["val_bpb"], memory_gb(last), "keep", "baseline"]
-    assert lab.results() == [by_hand.split("\t"), ["a row in both"], ["lost"], ["lost"], new]
+def test_subjects_in_any_encoding_with_tabs_and_signatures(lab):
+    lab.git("config", "log.showSignature", "true")
+    tree = lab.git("rev-parse", "HEAD^{tree}")
+    who = b"t <t@t> 1700000000 +0000\n"
+    raw = b"tree " + tree.encode() + b"\nauthor " + who + b"committer " + who + b"\nna\xefve\n"
+    path = lab.folder / "raw"
+    path.write_bytes(raw)
+    lab.git("reset", "-q", "--keep", lab.git("hash-object", "-t", "commit", "-w", str(path)))
+    lab.experiment()
+    lab.commit("tabs\tand\nlines of cafés \u2014\n\nand a body")
+    lab.experiment()
+    assert [row[4] for row in lab.results()] == ["na\ufffdve", "tabs and lines of cafés \u2014"]
 
 
-# Git takes rows out of results.tsv
+def test_a_locale_that_lacks_a_letter(lab):
+    lab.commit("a dash \u2014 and \u4f60")
+    lab.set_line("print('\u2014\u4f60')", "after the score")
+    report = lab.experiment(PYTHONIOENCODING="latin-1", LC_ALL="C", PYTHONUTF8="0")
+    assert report["status"] == "ok" and lab.results()[0][4] == "a dash \u2014 and \u4f60"
 
 
-def test_on_the_branch_of_program_md_git_does_not_touch_the_log(lab):
-    setup = re.search(r"```bash\n(.*?)```", (ROOT / "program.md").read_text(), re.S)[1].replace("<tag>", "nov1")
-    with open(lab.repository / "results.tsv", "a") as f:
-        f.write("1234567\t1.0\t0.0\tkeep\tof another machine\n")
-    lab.commit("a log with a row")
-    subprocess.run(["bash", "-euc", setup], cwd=lab.repository, check=True, capture_output=True,
-                   env=os.environ | {f"GIT_{who}_{what}": "t" for who in ("AUTHOR", "COMMITTER")
-                                     for what in ("NAME", "EMAIL")})
-    assert lab.git("branch", "--show-current") == "autoresearch/nov1"
-    for waste in (9.0, 9.5):
-        lab.set_waste(waste)
-        lab.git("commit", "-q", "-m", f"try {waste}", "train.py")
-        lab.experiment()
-    lab.git("reset", "-q", "--hard", "HEAD~1")
-    assert [row[3:] for row in lab.results()] == [["keep", "try 9.0"], ["discard", "try 9.5"]]
-    assert lab.git("status", "--porcelain") == ""
+@pytest.mark.parametrize("text", ["20261125153000000000000", "-1", "1.5", "many"])
+def test_a_seed_out_of_range_is_one_line(lab, text):
+    lab.start(AUTORESEARCH_SEED=text)
+    rule = "is not a number from 0 to 4294967295; set one or unset it"
+    assert lab.wait() == (1, f"error: AUTORESEARCH_SEED={text!r} {rule}\n")
 
+
+def test_half_a_line_stays_alone(lab):
+    lab.experiment()
+    with open(lab.cache / "runs.jsonl", "ab") as f:
+        f.write('\n{"run": "h\u00e4lf'.encode()[:-2] + b"\n[]\n{}\n{\"run")
+    lab.experiment()
+    assert [row[3] for row in lab.results()] == ["keep", "keep"]
+
+
+# What git does to the log
 
 BREAKS = dict(  # in the loop of a player
     crash="raise ValueError('no')", hang="ctypes.PyDLL(None).sleep(100)", killed="os.kill(os.getpid(), 9)",
     oom="raise torch.OutOfMemoryError('of 80 GB')",
 )
-EXPERIMENTS = [  # what is tried, the status of its row, what is done with git after it
-    (9.0, "keep", ""), (9.5, "discard", "reset"), (8.0, "keep", ""), ("crash", "crash", "reset"),
-    ("hang", "crash", "reset"), ("oom", "crash", "reset"), (7.0, "keep", "undo"), ("killed", "crash", "reset"),
-    (6.0, "keep", "other"), (5.0, "keep", ""), (5.5, "discard", "reset"), ("oom", "crash", "undo"),
-    (4.5, "keep", "main"), (4.0, "keep", ""), (6.5, "discard", "reset"), ("hang", "crash", "undo"),
-    ("killed", "crash", "undo"), (3.0, "keep", "other"), (7.5, "discard", "main"), (2.0, "keep", ""),
+FULL_AFTER = f"{FULL.replace('50_000', '1')}; torch.save(0, cache_root() / 'best.pt')"
+EXPERIMENTS = [  # what is tried, what is done with git after it
+    (9.0, ""), (9.5, "undo"), (8.0, "main and back"), ("crash", "undo"), ("hang", "undo"), ("oom", "hard"),
+    (7.0, "rename"), ("killed", "undo"), (6.0, "undo"), (5.0, "amend"), (5.5, "hard"), (5.2, ""), (4.5, "move"),
+    (4.0, "full"), (6.5, "uncommitted"), ("hang", "uncommitted"), (3.5, "rebase"), (3.0, "worktree"), (7.5, "undo"),
+    (2.0, ""),
 ]  # fmt: skip
-VARIANTS = ["tracked", "ignored"]  # results.tsv on main; on the other branch it is tracked, with rows if "ignored"
 
 
-def try_all(lab, variant):
-    """Go through EXPERIMENTS as an agent does; after each, every row of the branch is there. Returns the rows."""
-    lab.git("branch", "other")
-    if variant == "ignored":  # which a checkout of the other branch overwrites
-        lab.git("rm", "-q", "--cached", "results.tsv")
-        edit(lab.repository / ".gitignore", (r"\Z", "results.tsv\n"))
-        lab.git("commit", "-q", "-a", "-m", "ignore results.tsv")
-    branch, rows = "main", {"main": [], "other": []}
-    for number, (what, status, after) in enumerate(EXPERIMENTS):
-        if what in BREAKS:
-            lab.set_in_loop(BREAKS[what], 0.5 if what == "hang" else 30.0)
+def test_git_loses_no_row(lab, monkeypatch):
+    """Twenty experiments as an agent makes them, and what people do beside: every run has one row, with its state."""
+    setup = re.search(r"```bash\n(.*?)```", (ROOT / "program.md").read_text(), re.S)[1].replace("<tag>", "nov1")
+    who = {f"GIT_{who}_{what}": "t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    lab.experiment()  # by the human, on main
+    subprocess.run(["bash", "-euc", setup], cwd=lab.repository, check=True, env=os.environ | who)
+    expected, name = [], "autoresearch/nov1"
+    for number, (what, after) in enumerate(EXPERIMENTS):
+        lab.set_limits(1) if number == 0 else None
+        edit(lab.repository / "train.py", (".*# in the loop", "        pass  # in the loop"))
+        lab.set_line(BREAKS[what]) if what in BREAKS else lab.set_waste(what)
+        if after == "full":
+            lab.set_line(FULL_AFTER, "after the score")
+        subject = f"{number} {what}"
+        if after != "uncommitted":
+            lab.git("commit", "-q", "-m", subject, "train.py", "referee.py")
         else:
-            lab.set_waste(what)
-        if after != "undo":
-            lab.git("commit", "-q", "-m", f"{number} {what}", "-a" if variant == "ignored" else "train.py")
-        block = lab.experiment()
-        subject = lab.git("log", "-1", "--format=%s")
-        val_bpb, memory = block.get("val_bpb", "0.000000"), memory_gb(lab.journal()[-1])
-        rows[branch].append([block["commit"], val_bpb, memory, status, subject])
-        now = lab.results()
-        assert all(now.count(row) == rows[branch].count(row) for row in rows[branch]), (number, now)
-        if after == "reset":
-            lab.git("reset", "-q", "--hard", "HEAD~1")
-        elif after == "undo":
+            subject = lab.git("log", "-1", "--format=%s")
+        lab.start()
+        lab.wait()
+        if what in ("hang", "killed"):  # which leave it to the next command
+            lab.look()
+        record = referee_runs(lab)[-1]
+        score = "0.000000" if what in BREAKS else f"{record['val_bpb']:.6f}"
+        state = "crash" if what in BREAKS else "discard" if after == "uncommitted" else "keep"
+        expected.append([record["commit"], score, memory_gb(record), state, subject])
+        assert lab.results() == expected, (number, what, after)
+        if after in ("undo", "hard"):
+            lab.git("reset", "-q", "--hard" if after == "hard" else "--keep", "HEAD~1")
+            expected[-1][3] = "crash" if what in BREAKS else "discard"
+        elif after == "uncommitted":
             lab.git("checkout", "-q", "--", "train.py")
-        elif after:
-            lab.git("checkout", "-q", *(["-f"] if variant == "ignored" else []), after)
-            branch = after
-    return rows
+        elif after == "full":
+            lab.set_line("pass", "after the score")
+            lab.git("commit", "-q", "-m", "pass", "train.py")
+        elif after == "main and back":
+            lab.git("checkout", "-q", "main")
+            assert lab.look()[-1].startswith("best") and [row[4] for row in lab.results()] == ["the repository"]
+            lab.git("checkout", "-q", name)
+        elif after == "rename":
+            name = "autoresearch/other"
+            lab.git("branch", "-m", name)
+        elif after == "move":
+            moved = lab.folder / "moved"
+            lab.repository.rename(moved)
+            lab.repository = moved
+        elif after == "amend":
+            lab.git("commit", "-q", "--amend", "-m", "reworded")
+        elif after == "rebase":
+            lab.git("checkout", "-q", "main")
+            (lab.repository / "README.md").write_text("news")
+            lab.git("add", "README.md")
+            lab.git("commit", "-q", "-m", "news", "README.md")
+            lab.git("checkout", "-q", name)
+            lab.git("-c", "rebase.autoStash=true", "rebase", "-q", "main")
+        elif after == "worktree":
+            lab.git("worktree", "add", "-q", "--detach", "../worktree")
+            lab.repository = lab.folder / "worktree"
+        lab.look()
+        assert lab.results() == expected, (number, what, after)
+    pins = lab.git("for-each-ref", "--format=%(refname)", "refs/runs").split()
+    assert {f"refs/runs/{row[0].rstrip('+')}" for row in expected} <= {*pins}
+    lab.git("reflog", "expire", "--expire=now", "--all")
+    lab.git("gc", "-q", "--prune=now")
+    undone = next(row for row in expected if row[3] == "discard")
+    assert "WASTE = 9.5" in lab.git("show", f"{undone[0]}:train.py")
+    check_notebook(lab, expected, monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def loops(driver, toy, tmp_path_factory):
-    with ThreadPoolExecutor() as pool:
-        labs = {variant: Lab(driver, tmp_path_factory.mktemp("loop"), toy, 0.1) for variant in VARIANTS}
-        yield {variant: (lab, pool.submit(try_all, lab, variant)) for variant, lab in labs.items()}
+def check_notebook(lab, expected, monkeypatch):
+    """analysis.ipynb counts what the log has."""
+    import matplotlib
 
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_git_loses_no_row(loops, variant):
-    lab, loop = loops[variant]
-    rows = loop.result()
-    journal = lab.journal()
-    assert len(journal) == len(EXPERIMENTS)
-    for branch in rows:
-        assert [record["row"].split("\t") for record in journal if record["branch"] == branch] == rows[branch]
-    statuses = {record["description"].split()[1]: record["status"] for record in journal}
-    assert {what: statuses[what] for what in BREAKS} == dict(crash="crash", hang="timeout", killed="crash", oom="oom")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(lab.folder)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+    monkeypatch.setattr(referee, "REPOSITORY", lab.repository)
+    names = {}
+    for cell in json.loads((ROOT / "analysis.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert [e["status"] for e in names["experiments"]] == [row[3] for row in expected]
+    assert len(names["timed"]) == len(expected)

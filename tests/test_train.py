@@ -1,11 +1,9 @@
 """The parts of train.py in the order of its sections; all run on the CPU through the functions a GPU uses."""
 
-import itertools
 import math
 import re
 import sys
 import types
-from collections import Counter
 
 import pytest
 import torch
@@ -150,125 +148,6 @@ def test_no_logit_depends_on_a_later_token(shift_keys):
     assert not torch.allclose(before[:, 11:], after[:, 11:])
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_recall_finds_what_followed_the_last_occurrence(n):
-    ids = torch.randint(5, (3, 40), generator=torch.Generator().manual_seed(n))
-    for row, found in zip(ids.tolist(), train.recall(ids, n, 5).tolist(), strict=True):
-        for t in range(40):
-            now = row[t - n + 1 : t + 1] if t >= n - 1 else None
-            earlier = [row[s + 1] for s in range(n - 1, t) if row[s - n + 1 : s + 1] == now]
-            assert found[t] == (earlier or [5])[-1]
-
-
-@pytest.mark.parametrize("vocab_size, orders", [(5, (1, 2, 3)), (2048, (2, 6)), (65_536, (3, 12)), (511, (8,))])
-def test_memory_knows_what_mostly_follows(vocab_size, orders):
-    rng, size = torch.Generator().manual_seed(0), min(14, vocab_size)
-    texts = torch.stack([torch.randperm(size, generator=rng) * (vocab_size // size) for _ in range(100)])
-    texts = texts[torch.randint(100, (300,), generator=rng)]  # no n-gram twice in a text, most of them in several
-    memory, votes = train.Memory(orders, 2**18, vocab_size), {}
-
-    def n_gram(row, at, n):
-        return tuple(row[max(0, at + 1 - n) : at + 1]), n
-
-    memory.learn(texts.numpy().astype("uint16"))
-    for row in texts.tolist():  # the same vote, the obvious way
-        for at, n in itertools.product(range(size - 1), orders):
-            token, count = votes.get(n_gram(row, at, n), (row[at + 1], -1))
-            count += 1 if token == row[at + 1] else -1
-            votes[n_gram(row, at, n)] = (token, min(count, 7)) if count >= 0 else (row[at + 1], 0)
-    assert {count for _, count in votes.values()} >= {0, 1, 2}
-    for n, (tokens, counts) in zip(orders, memory.read(texts[:, :-1]), strict=True):
-        expected = [[votes[n_gram(row, at, n)] for at in range(size - 1)] for row in texts.tolist()]
-        wrong = torch.stack([tokens, counts], -1) != torch.tensor(expected)
-        assert wrong.float().mean() < 0.01, "but for places taken by others"
-
-
-def test_memory_loses_no_more_than_chance_would():
-    text = torch.randint(100, (5_000,), generator=torch.Generator().manual_seed(1))
-    memory = train.Memory((3, 9), 2**16, 100)
-    memory.learn([text.numpy().astype("uint16")])
-    for n, (tokens, _) in zip((3, 9), memory.read(text[None, :-1]), strict=True):
-        assert (tokens[0, n:] == text[n + 1 :]).float().mean() > 0.95  # half of those that share a place: 0.963
-    strange = torch.randint(100, (1, 5_000), generator=torch.Generator().manual_seed(2))
-    (short, _), (long, _) = memory.read(strange)
-    assert (long == 100).all() and (short == 100).float().mean() > 0.9
-
-
-def test_memory_goes_by_the_majority_and_forgets():
-    memory, seen = train.Memory((1,), 2**10, 10), []
-    for follower in [1] * 20 + [2] * 9:
-        memory.learn([torch.tensor([0, follower]).numpy().astype("uint16")])
-        seen += [(int(token), int(count)) for token, count in memory.read(torch.tensor([[0]]))]
-    counts = [*range(8), *[7] * 12, *range(6, -1, -1)]
-    assert seen == [*zip([1] * 27, counts, strict=True), (2, 0), (2, 1)]
-
-
-def test_memory_knows_how_often_a_token_follows_another():
-    text = torch.randint(20, (2_000,), generator=torch.Generator().manual_seed(3)) ** 2 % 20  # 6 of the 20 are squares
-    memory = train.Memory((2,), 2**10, 20)
-    memory.learn(part.numpy().astype("uint16") for part in (text[:702], text[700:]))
-    pairs, after = Counter(itertools.pairwise(text[1:].tolist())), Counter(text[2:].tolist())
-    for a, b in itertools.product(range(20), repeat=2):
-        chance = (after[b] + 1) / (len(text) - 2 + 20)
-        likely = (pairs[a, b] + 10 * chance) / (sum(pairs[a, c] for c in range(20)) + 10)
-        assert math.exp(memory.follow[a, b]) == pytest.approx(likely, rel=0.05)
-    assert train.Memory((2,), 8, 65_536).follow.numel() == 0 < train.Memory((2,), 8, 8192).follow.numel()
-    model = tiny_gpt(memory=(2,), memory_slots=2**10, softcap=0)
-    model.lookups.memory.learn([text.numpy().astype("uint16")])
-    expected = model.lookups.memory.follow[text[None, :24]].float()
-    torch.testing.assert_close(model(text[None, :24]).log_softmax(-1), expected, atol=0.1, rtol=0)
-
-
-def test_memory_knows_what_follows_frequent_pairs(monkeypatch):
-    monkeypatch.setattr(train.Memory, "FREQUENT", 2)
-    memory = train.Memory((2,), 2**10, 20)
-    often, rarely = [7, 1, 2, 3, 8, 1, 2, 4] * 30, [7, 5, 6]  # 1 and 2: then 3 or 4 as often
-    first, then = (torch.tensor(ids).numpy().astype("uint16") for ids in (often + rarely, [9, *[1, 2, 3] * 40, 5, 6]))
-    memory.learn([first] * 17 + [then])
-    p = memory.follow.float().exp()
-    row = lambda a, b: int(memory.row[a * 20 + b])  # noqa: E731
-    frequent = {pair for pair in itertools.product(range(20), repeat=2) if row(*pair) >= 20}
-    assert len(frequent) == 2 and (1, 2) in frequent and row(5, 6) == 6  # (1, 2) comes twice as often as the others
-    torch.testing.assert_close(p.sum(1), torch.ones(22), atol=0.02, rtol=0)
-    assert p[2, 3] == pytest.approx(0.5, abs=0.03) and p[2, 4] == pytest.approx(0.5, abs=0.03)
-    assert p[row(1, 2), 3] == pytest.approx((40 + 10 * p[2, 3]) / 50, abs=0.01)
-    model = tiny_gpt(memory=(2,), memory_slots=2**10, softcap=0)
-    model.lookups.memory.learn([first] * 17 + [then])
-    expected = model.lookups.memory.follow[model.lookups.memory.row[1 * 50 + 2]].float()
-    torch.testing.assert_close(model(torch.tensor([[5, 1, 2]]))[0, -1].log_softmax(-1), expected, atol=0.1, rtol=0)
-
-
-def test_lookups_see_neither_the_future_nor_other_rows():
-    model = tiny_gpt(recall=(1, 2, 3), memory=(1, 2, 3), memory_slots=2**10)
-    model.lookups.memory.learn([torch.randint(6, (500,)).numpy().astype("uint16")])
-    wake(model)
-    ids = torch.randint(6, (1, 24))
-    before = model(ids)
-    for at in range(1, 24):
-        changed = ids.clone()
-        changed[0, at:] = (ids[0, at:] + torch.randint(1, 6, (24 - at,))) % 6
-        torch.testing.assert_close(before[:, :at], model(changed)[:, :at])
-    torch.testing.assert_close(before, model(torch.cat([ids, ids.roll(3, 1)]))[:1])
-
-
-def test_lookups_are_learned():
-    model = tiny_gpt(recall=(1, 2), memory=(1,), memory_slots=2**10)
-    model.lookups.memory.learn([torch.arange(50).repeat(3).numpy().astype("uint16")])
-    optimizers = optimizers_of(model)
-    for x, y, _ in made_up_batches(model, 4, 3):
-        train.train_step(train.loss_of, model, optimizers, iter([(x % 6, y % 6, 1)]), 1)
-    changed = model.lookups.embeds.weight.abs().amax(1) > 0
-    assert [bool(part.any()) for part in changed.split([51, 51, 51, train.Memory.COUNTS])] == [True] * 4
-    assert (model.lookups.gate.weight.abs().amax(1) > 0).all()
-
-
-def test_lookups_compile_to_one_graph():
-    model, ids = wake(tiny_gpt(recall=(1, 2), memory=(2,), memory_slots=2**10)), torch.randint(6, (2, 24))
-    for _ in range(2):  # before and after the memory has read
-        torch.testing.assert_close(compiled_loss(model, ids), train.loss_of(model, ids, ids))
-        model.lookups.memory.learn([torch.randint(6, (500,)).numpy().astype("uint16")])
-
-
 def test_a_short_window_forgets():
     model = wake(tiny_gpt(n_layer=1, windows=[3], value_embed_every=0))
     ids = torch.randint(50, (1, 24))
@@ -408,9 +287,7 @@ def run_steps(model, optimizers, steps=3):
 
 
 def test_warm_up_leaves_no_trace():
-    cold, warm = (tiny_gpt(recall=(1,), memory=(2,), memory_slots=2**10) for _ in "ab")
-    for model in (cold, warm):
-        model.lookups.memory.learn([torch.arange(50).numpy().astype("uint16")])
+    cold, warm = tiny_gpt(), tiny_gpt()
     cold_optimizers, warm_optimizers = optimizers_of(cold), optimizers_of(warm)
     state = torch.get_rng_state()
     train.warm_up(train.loss_of, warm, warm_optimizers, 4, 4, torch.device("cpu"))
@@ -445,7 +322,7 @@ def test_nothing_is_compiled_on_the_clock(toy):
 
 
 def test_a_sample_goes_on_as_the_model_has_learnt():
-    model = tiny_gpt(recall=(1,))
+    model = tiny_gpt()
     optimizers = optimizers_of(model)
     rows = torch.stack([torch.arange(25) + start for start in range(7)]) % 7
     for _ in range(40):
