@@ -13,6 +13,7 @@ import torch
 from conftest import block
 
 import prepare
+import referee
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -68,11 +69,12 @@ def test_the_same_seed_gives_the_same_first_losses(small_main, monkeypatch, caps
     assert other[1] != pytest.approx(again[1], abs=1e-4)
 
 
-def test_a_user_without_an_account_can_train(small_main, monkeypatch):
+def test_a_user_without_an_account_can_train(toy, monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):  # as in a container started for a bare user id
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
-    assert small_main()["status"] == "ok" and getpass.getuser() == str(os.getuid())
+    with pytest.raises(SystemExit), referee.Run():  # it ends without a score
+        assert getpass.getuser() == str(os.getuid())  # torch.compile asks for it
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("AUTORESEARCH_CACHE")
     with pytest.raises(prepare.PrepareError, match="set AUTORESEARCH_CACHE to a folder"):

@@ -352,7 +352,7 @@ def test_noise_is_that_of_equal_runs():
     assert referee.noise([*repeated, crash]) == pytest.approx(((2 * 0.01**2 + 2 * 0.03**2) / 3) ** 0.5)
 
 
-@pytest.mark.parametrize("name, mark", [("train.py", "+"), ("prepare.py", "+"), ("referee.py", "+"), ("README.md", "")])
+@pytest.mark.parametrize("name, mark", [("train.py", "+"), ("referee.py", "+"), ("README.md", "")])
 def test_uncommitted_changes_are_marked_kept_and_not_kept(lab, name, mark):
     lab.experiment()
     with open(lab.repository / name, "a") as f:
@@ -557,7 +557,8 @@ def test_git_loses_no_row(lab, monkeypatch):
         elif after == "worktree":
             lab.git("worktree", "add", "-q", "--detach", "../worktree")
             lab.repository = lab.folder / "worktree"
-        lab.look()
+        if after or number % 4 == 0:
+            lab.look()
         assert lab.results() == expected, (number, what, after)
     pins = lab.git("for-each-ref", "--format=%(refname)", "refs/runs").split()
     assert {f"refs/runs/{row[0].rstrip('+')}" for row in expected} <= {*pins}
