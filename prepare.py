@@ -111,13 +111,14 @@ def install(folder):
 def lock_file(path, owner):
     """Lock the file `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(path.read_text().strip()) from None
-    file.truncate(0)
-    print(owner, file=file, flush=True)
-    return file
+    for pause in (0.1, 0.1, 0.1, 0):  # lock_holder() takes a lock for a moment
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            print(owner, file=file, flush=True)
+            return file
+        time.sleep(pause)
+    raise BlockingIOError(path.read_text().strip())
 
 
 def lock_holder(path):
@@ -141,8 +142,8 @@ def digest(value):
 def read_manifest(folder=None, thorough=False):
     """The manifest of `folder` (default: current). PrepareError on a wrong size or, `thorough`, sha256."""
     folder = folder or current_folder()
-    install(folder)
     try:
+        install(folder)
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, not {FORMAT}")
@@ -160,7 +161,7 @@ def current_folder():
     root = cache_root()
     pointer = root / "current"
     if not pointer.exists():
-        raise PrepareError(f"no prepared data in {root}; run: uv run prepare.py (offline: --data python)")
+        raise PrepareError(f"no prepared data in {root}; run: uv run prepare.py (on a CPU: --data python)")
     return root / pointer.read_text(encoding="utf-8").strip()
 
 

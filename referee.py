@@ -21,7 +21,7 @@ import time
 import traceback
 from collections import defaultdict, deque
 from pathlib import Path
-from statistics import fmean, variance
+from statistics import fmean
 
 import torch
 
@@ -32,34 +32,34 @@ from prepare import PrepareError, Refused, cache_root, read_manifest
 
 PROBED, REPEATS = 0.15, 8  # share of the batches that are probed; probes of the first batch at the end
 ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats; honest bf16 rounding stays below
+LEAK = ("the cost of a target changes by {:.2g} nats with later tokens, other rows or time: logits may "
+        "depend only on earlier tokens of the same row")
 
 
 class Inspector:
-    """The `inspect` of evaluate_bpb: scores a model on `rows`, (n, T + 1), and probes it at random."""
+    """Passed to evaluate_bpb as `inspect`: probes random batches of `rows`, (n, T + 1), for leaks."""
 
     def __init__(self, rows):
         self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
 
     def __call__(self, cost, inputs, targets):
-        """cost(inputs, targets): nats (B, T)."""
         chosen = self.first is None or self.random.random() < PROBED
         nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
         self.first = self.first or (inputs, targets, nats)
-        self.scored += len(inputs)
-        if self.scored == len(self.rows):
-            for _ in range(REPEATS):  # the rows scored since must have left no trace
+        if self.scored + len(inputs) == len(self.rows):
+            for _ in range(REPEATS):  # a model that remembers the rows scored since shows it here
                 self.probe(cost, *self.first)
             edges = torch.cat(self.edges)
             if edges.mean() > MEAN_GAIN or edges.abs().mean() > MEAN_CHANGE:
-                raise Refused("the model sees the future or other rows: hiding them costs "
-                              f"{float(edges.mean()):.2g} nats a target on average")
+                raise Refused(LEAK.format(float(edges.abs().mean())))
+        self.scored += len(inputs)
         return nats
 
     def probe(self, cost, inputs, targets, nats=None):
         """Raise Refused if the cost of a target changes with tokens that the model must not see.
 
-        Each row keeps a prefix and goes on as another row. Prefixes have T tokens, since other rows must not
-        matter, 1, T - 1 and random numbers. Unless `nats` is known, the mixed rows come before the true ones.
+        Each row keeps a prefix; another row replaces the rest. One prefix is the whole row: other rows must
+        not matter. Unless `nats` is known, the mixed rows come before the true ones.
         """
         (B, T), rng = inputs.shape, self.random
         others = self.rows[torch.tensor(rng.choices(range(len(self.rows)), k=B)), 1:]
@@ -71,15 +71,9 @@ class Inspector:
         nats = cost(inputs, targets) if nats is None else nats
         change = (mixed - nats) * seen
         self.edges.append(change.gather(1, kept - 1))  # at the end of the prefix, where leaks show most
-        if not float(change.abs().max()) <= ONE_CHANGE:  # nan is refused, too
-            row, at = divmod(int(change.abs().argmax()), T)
-            others[row] = inputs[row]
-            again, among_others = (cost(idx, targets) - nats for idx in (inputs, others))
-            if max(again.abs().max(), among_others[row].abs().max()) > ONE_CHANGE:
-                raise Refused("the logits of a row are random, remember what was scored, or depend on the "
-                              "other rows of the batch")
-            raise Refused(f"the model sees the future: tokens from {lengths[row]} on change what target "
-                          f"{at} costs by {float(change[row, at]):.2g} nats")
+        worst = float(change.abs().max())
+        if not worst <= ONE_CHANGE:  # nan is refused, too
+            raise Refused(LEAK.format(worst))
         return nats
 
 
@@ -96,7 +90,7 @@ def git(*words, stdin=""):
     run = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", errors="replace")
     if run.returncode:
         print(f"git {words[0]} failed: {' '.join(run.stderr.split())}")
-    return "" if run.returncode else run.stdout.strip()
+    return "" if run.returncode else run.stdout.strip("\n\0")
 
 
 def history():
@@ -104,24 +98,31 @@ def history():
 
     The twin, the author's time and the hash of train.py, survives an amended message and a rebase.
     """
-    log = git("log", "--no-show-signature", "--encoding=UTF-8", "--format=%H%x09%at%x09%s")
+    log = git("log", "-z", "-n5000", "--no-show-signature", "--encoding=UTF-8", "--format=%H%x09%at%x09%s")
     if not log:
         return [("none", "none", "")]
-    hashes, times, subjects = zip(*(line.split("\t", 2) for line in log.split("\n")), strict=True)
-    files = git("cat-file", "--batch-check", stdin="".join(f"{code}:./train.py\n" for code in hashes))
-    return [*zip(hashes, map(" ".join, zip(times, files.split("\n"), strict=True)), subjects, strict=True)]
+    commits = [line.split("\t", 2) for line in log.split("\0")]
+    files = git("cat-file", "--batch-check", stdin="".join(f"{c[0]}:./train.py\n" for c in commits))
+    files = files or "\n" * (len(commits) - 1)  # a partial clone without a network
+    return [(code, f"{at} {file}", subject)
+            for (code, at, subject), file in zip(commits, files.split("\n"), strict=True)]
 
 
-def all_runs():
-    """The runs of this machine, oldest first. One that did not end and has no process crashed."""
+def all_runs(own=None):
+    """The runs of this machine, oldest first. One without an end record whose process is gone is a crash.
+
+    `own`: the record of this run, which may not be in the journal yet.
+    """
     path, records = cache_root() / "runs.jsonl", {}
     for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line
-            record = json.loads(line)
-            records[record["run"]] = record
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, or not ours
+            r = json.loads(line)
+            records[r["run"]] = r | dict(status=r["status"], names=r["names"], lock=r["lock"])
+    if own:
+        records[own["run"]] = own
     for run, r in records.items():
-        if r["status"] is None and prepare.lock_holder(cache_root() / r["lock"]) != run:
-            r |= dict(status="crash", error="killed from outside, or by the system when memory ran out")
+        if r is not own and r["status"] is None and prepare.lock_holder(cache_root() / r["lock"]) != run:
+            r |= dict(status="crash", error="killed from outside, or by the system because memory ran out")
             trace = cache_root() / f"{run}.trace"  # of faulthandler, when a limit was passed
             if trace.exists() and trace.stat().st_size:
                 r |= dict(status="timeout", error=f"hung; the traceback is in {trace}")
@@ -132,19 +133,19 @@ def night_of(commits, runs):
     """The night of HEAD: that of its nearest ancestor with a run. A commit "baseline" begins a new one."""
     nights = {name: r["night"] for r in runs for name in r["names"]}
     for code, twin, subject in commits:
-        night = nights.get(code) or nights.get(twin) or subject.startswith("baseline") and code
-        if night:
-            return night
+        if code in nights or twin in nights:
+            return nights.get(code) or nights[twin]
+        if subject.partition(":")[0] == "baseline":
+            return code
     return commits[-1][0]
 
 
 def runs_of_night(own=None):
     """The runs of HEAD's night, oldest first, each with its state: running, crash, keep or discard.
 
-    A run is kept while its commit is in HEAD's history. `own` is a record that the journal may lack.
+    A run is kept while its commit is in HEAD's history.
     """
-    commits, runs = history(), [r for r in all_runs() if not own or r["run"] != own["run"]]
-    runs += [own] if own else []
+    commits, runs = history(), all_runs(own)
     night, kept = night_of(commits, runs), {name for code, twin, _ in commits for name in (code, twin)}
     runs = [r for r in runs if r["night"] == night]
     for r in runs:
@@ -168,42 +169,48 @@ def write_results(runs):
 
 # === 3. Verdict: what to do after a run ===
 
+def setting(r):
+    """What must be equal for two scores to be compared."""
+    return r["data"], r["time_budget"], r["device"]
+
+
 def noise(runs):
     """The standard deviation of val_bpb between runs of one commit, pooled; 0 if no commit ran twice."""
     scores = defaultdict(list)
     for r in runs:
         if r["status"] == "ok" and not r["commit"].endswith("+"):
-            scores[r["commit"], r["time_budget"], r["data"]].append(r["val_bpb"])
-    freedom = sum(len(values) - 1 for values in scores.values())
-    squares = sum((len(values) - 1) * variance(values) for values in scores.values() if len(values) > 1)
-    return math.sqrt(squares / freedom) if freedom else 0.0
+            scores[r["commit"], setting(r)].append(r["val_bpb"])
+    deviations = [value - fmean(values) for values in scores.values() for value in values]
+    freedom = len(deviations) - len(scores)
+    return math.hypot(*deviations) / math.sqrt(freedom) if freedom else 0.0
 
 
 def verdict_of(run, runs):
     """What to do after `run`, in words; `runs` are those of its night.
 
-    On each seed the mean of a commit is compared with the best of the other kept ones. A gain on one seed
-    must be confirmed on a second, if others ran on that, too; then the mean gain must exceed the noise.
+    For each seed, compare the mean of this commit with the best mean of the other kept commits. Confirm a
+    gain on seed 1 if they ran on it; then the mean gain must exceed the noise.
     """
     own, scores, marks = run["commit"], defaultdict(list), {}
     if run["status"] != "ok":
         return "none (no score): fix a mistake and run again, or undo the commit"
+    runs = [r for r in runs if r["status"] == "ok" and setting(r) == setting(run)]
+    for r in runs:
+        if r["commit"] == own or r["state"] == "keep":
+            scores[r["seed"], r["commit"]].append(r["val_bpb"])
+    means = {key: fmean(values) for key, values in scores.items()}
+    for (seed, commit), mean in means.items():
+        if commit != own:
+            marks[seed] = min(mean, marks.get(seed, mean))
+    gains = {seed: mark - means[seed, own] for seed, mark in marks.items() if (seed, own) in means}
+    if len(gains) < 2 and not run["standard"]:
+        return "none (another seed or time budget, so not in results.tsv)"
     if own.endswith("+"):
         return "none (uncommitted changes): commit them and run again"
-    runs = [r for r in runs if r["data"] == run["data"] and r["time_budget"] == run["time_budget"]]
-    for r in runs:
-        if r["status"] == "ok" and (r["commit"] == own or r["state"] == "keep"):
-            scores[r["seed"], r["commit"]].append(r["val_bpb"])
-    for (seed, commit), values in scores.items():
-        if commit != own:
-            marks[seed] = min(marks.get(seed, math.inf), fmean(values))
-    gains = [mark - fmean(scores[seed, own]) for seed, mark in marks.items() if (seed, own) in scores]
-    if len(gains) < 2 and not run["standard"]:
-        return "none (a trial, not in results.tsv)"
     if not gains:
         return "keep (first)"
-    gain, spread, confirm = fmean(gains), noise(runs), len(gains) == 1 and 1 in marks  # the second seed
-    than = "on the mean of two seeds" if len(gains) > 1 else f"than {marks[run['seed']]:.4f}"
+    gain, spread, confirm = fmean(gains.values()), noise(runs), len(gains) == 1 and 1 in marks
+    than = "on the mean of two seeds" if len(gains) > 1 else f"than {marks[max(gains)]:.4f}"
     words = f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'} {than}"
     if gain > (spread / 2 if confirm else spread):
         word = "confirm: run again with AUTORESEARCH_SEED=1" if confirm else "keep"
@@ -216,39 +223,38 @@ def verdict_of(run, runs):
 # === 4. Run: clock, limits, lock and report ===
 
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
-START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # seconds until a run is hung; TRAIN_: over budget
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # seconds until it hangs; TRAIN_LIMIT: over the budget
+SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 STATUS = {Refused: "refused", FloatingPointError: "nan", torch.OutOfMemoryError: "oom", MemoryError: "oom"}
 
 
 def fingerprint():
-    """What a player could replace at run time: constants by value, functions and methods by their code."""
-    things = {}
-    for owner in (prepare, sys.modules[__name__], prepare.Tokenizer, Inspector, Run):
-        things |= vars(owner)
-    return {name: repr(v) if name.isupper() else id(getattr(v, "__code__", v)) for name, v in things.items()}
+    """What train.py could replace at run time: constants by value, functions and methods by their code."""
+    owners = prepare, sys.modules[__name__], prepare.Tokenizer, Inspector, Run
+    return {f"{owner.__name__}.{name}": repr(v) if name.isupper() else id(getattr(v, "__code__", v))
+            for owner in owners for name, v in vars(owner).items()}
 
 
 class Run:
     """One experiment: `with Run() as run:` around start(), progress() and step(), score().
 
-    From start() on all is on the clock: data, Python, logging. The journal gets a record when the run has its
-    device and when it ends, so that no ending loses it. `record` is the report; train.py adds depth,
-    num_params_M, flops_per_token and attention. Leaves by SystemExit unless the run is ok.
+    After start() everything is on the clock. train.py adds depth, num_params_M, flops_per_token and attention
+    to `record`, the report. A failed run ends with SystemExit.
     """
 
     def __init__(self):
         self.seed = prepare.env_number("AUTORESEARCH_SEED", 42, 0, 2**32 - 1)
         self.budget, self.data = prepare.TIME_BUDGET, read_manifest(thorough=True)
         self.started = self.late_loss = self.value = None
-        self.losses, self.lines, self.last, self.longest = deque(maxlen=20), 0, 0.0, 0.0
+        self.losses, self.lines, self.step_seconds = deque(maxlen=20), 0, [0.0, 0.0]
         self.record = dict(  # the report, in its order, then what only the journal has
             val_bpb=None, training_seconds=0.0, total_seconds=0.0, peak_vram_mb=0.0, mfu_percent="n/a",
             total_tokens_M=0.0, num_steps=0, num_params_M=0.0, depth=0, status=None, error="", verdict="",
             noise=None, tokens_per_second=0, startup_seconds=0.0, eval_seconds=0.0, device="", attention="",
-            seed=self.seed, data=f"{self.data['data']}-{self.data['scale']}", commit="", clock=None,
-            run=f"{os.getpid()}-{time.time():.3f}", time=time.time(), time_budget=self.budget, total_tokens=0,
-            flops_per_token=0, standard=not {"AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_SEED"} & {*os.environ},
+            seed=self.seed, data="{data}-{scale}-".format(**self.data) + prepare.digest(self.data)[:6],
+            commit="", run=f"{os.getpid()}-{time.time():.3f}", time=time.time(), time_budget=self.budget,
+            flops_per_token=0,
+            standard=not any(map(os.environ.get, ("AUTORESEARCH_TIME_BUDGET", "AUTORESEARCH_SEED"))),
         )
 
     def __enter__(self):
@@ -268,13 +274,15 @@ class Run:
         self.limit(START_LIMIT)
         os.environ.setdefault("LOGNAME", str(os.getuid()))  # torch needs one, also without an account
         commits, dirty = history(), ""
-        head, twin, subject = code, *_ = commits[0]
+        head, twin, subject = commits[0]
+        code = head
         if head != "none":
             dirty = git("status", "--porcelain", "--", ":(glob)*.py")
             code = dirty and git("stash", "create") or head  # a commit of the present files, on no branch
             git("update-ref", f"refs/runs/{code[:7]}", code)  # so that git never deletes it
         r |= dict(commit=code[:7] + "+" * bool(dirty), names=[] if dirty else [head, twin],
-                  description=" ".join(subject.split()), night=night_of(commits, all_runs()))
+                  description="uncommitted, after: " * bool(dirty) + " ".join(subject.split()),
+                  night=night_of(commits, all_runs()))
         self.log()
         print(f"commit {r['commit']}, seed {self.seed}: {r['description']}", flush=True)
         return self
@@ -284,47 +292,47 @@ class Run:
         faulthandler.dump_traceback_later(seconds, exit=True, file=self.trace)
 
     def log(self):
-        """Write the record to the journal, and results.tsv; one that fails does not stop the other."""
-        r, runs = self.record, []
-        rate = r["total_tokens"] / max(r["training_seconds"], 1e-9)
+        """Write the record to the journal, and results.tsv. If one cannot be written, the other still is."""
+        r = self.record
+        rate = 1e6 * r["total_tokens_M"] / max(r["training_seconds"], 1e-9)
         r |= dict(peak_vram_mb=prepare.peak_memory() / 2**20, total_seconds=time.monotonic() - OPENED,
-                  total_tokens_M=r["total_tokens"] / 1e6, tokens_per_second=round(rate),
+                  tokens_per_second=round(rate),
                   mfu_percent=prepare.mfu_percent(r["device"], r["flops_per_token"] * rate))
-        if r["status"]:
-            runs = runs_of_night(r)
-            r |= dict(verdict=verdict_of(r, runs), noise=noise(runs) or None)
-        journal = prepare.append_line, cache_root() / "runs.jsonl", json.dumps(r, default=str)
-        for write, *what in (journal, (write_results, runs)):
-            try:
-                write(*what)
-            except OSError as error:
-                r["error"] += f" NOT LOGGED: {error}"
+        line = json.dumps(r, default=str, skipkeys=True)
+        self.attempt(prepare.append_line, cache_root() / "runs.jsonl", line)
+        runs = runs_of_night(r)
+        r |= dict(verdict=verdict_of(r, runs), noise=noise(runs) or None)
+        self.attempt(write_results, runs)
+
+    def attempt(self, write, *what):
+        try:
+            write(*what)
+        except OSError as error:
+            if "NOT LOGGED" not in self.record["error"]:
+                self.record["error"] += f" NOT LOGGED: {error}"
 
     def start(self):
         """Start the clock; all before was start-up."""
         if self.started is not None:
-            raise Refused("the clock runs already: start() is called once")
-        self.synchronize()
-        self.started = self.stepped = time.monotonic()
+            raise Refused("start() was called twice; call it once")
         self.limit(self.budget + TRAIN_LIMIT)
-        self.record |= dict(startup_seconds=self.started - OPENED, clock=time.time())
+        self.record["startup_seconds"] = time.monotonic() - OPENED
         self.log()
+        self.started = self.stepped = time.monotonic()
+        self.record["startup_seconds"] = self.started - OPENED
 
     def progress(self):
         """Share of the time budget used so far; the run is over at 1."""
         return (time.monotonic() - self.started) / self.budget
 
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def step(self, loss, tokens):
         """Count an optimizer step on `tokens` tokens; its loss, a tensor, is read one step late."""
         self.read_loss()
         self.late_loss, now = loss, time.monotonic()
-        self.longest, self.last, self.stepped = max(self.longest, self.last), now - self.stepped, now
+        self.step_seconds.append(now - self.stepped)
+        self.stepped = now
         self.record["num_steps"] += 1
-        self.record["total_tokens"] += tokens
+        self.record["total_tokens_M"] += tokens / 1e6
 
     def read_loss(self):
         if self.late_loss is None:
@@ -337,31 +345,33 @@ class Run:
             self.lines = math.floor(20 * progress) + 1
             seconds = r["training_seconds"] = progress * self.budget
             print(f"step {r['num_steps']:05d} | {min(100, 100 * progress):5.1f}% | loss "
-                  f"{fmean(self.losses):.6f} | {r['total_tokens'] / seconds:,.0f} tok/s | "
+                  f"{fmean(self.losses):.6f} | {1e6 * r['total_tokens_M'] / seconds:,.0f} tok/s | "
                   f"{max(0, self.budget - seconds):.0f} s left ", end="\r" if live else "\n", flush=True)
 
     def score(self, model, tokenizer, batch_size):
-        """Stop the clock, evaluate `model`, once, log the run, and return its val_bpb."""
+        """Stop the clock, evaluate `model`, log the run, return val_bpb. Once per run."""
         self.read_loss()
-        self.synchronize()
-        begun = time.monotonic()
-        seconds = self.record["training_seconds"] = begun - self.started
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        begun, budget, r = time.monotonic(), self.budget, self.record
+        seconds = r["training_seconds"] = begun - self.started
         self.limit(EVAL_LIMIT)
         if prepare.evaluated:
-            raise Refused("a run has one score: evaluate_bpb or score() was called before")
-        budget, r = self.budget, self.record
+            raise Refused("a run has one score, and evaluate_bpb was called before")
         if (self.started - OPENED, budget) != (r["startup_seconds"], r["time_budget"]):
             raise Refused("the clock was set: start() and the time budget must stay as they are")
-        late = 2 + 0.01 * budget + min(2 * self.longest, 0.1 * budget)  # the last step began in time
+        *before, last = self.step_seconds
+        late = 2 + 0.01 * budget + 2 * min(last, max(before))  # a GPU is a step behind
         if not -0.02 * budget <= seconds - budget <= late:
             raise Refused(f"trained for {seconds:.1f} s of a budget of {budget:.1f} s: stop at progress() 1")
         self.intact()
         inspector = Inspector(prepare.validation_rows())
-        self.value = prepare.evaluate_bpb(model, tokenizer, batch_size, inspector)
-        self.record |= dict(val_bpb=self.value, status="ok", eval_seconds=time.monotonic() - begun)
+        value = prepare.evaluate_bpb(model, tokenizer, batch_size, inspector)
         self.intact()
+        self.value = value
+        r |= dict(val_bpb=value, status="ok", eval_seconds=time.monotonic() - begun)
         self.log()
-        return self.value
+        return value
 
     def intact(self):
         changed = [name for name, value in fingerprint().items() if PRISTINE.get(name, value) != value]
@@ -390,8 +400,8 @@ class Run:
                 value = f"{value:.{6 if key in ('val_bpb', 'noise') else 1}f}"
             if value not in (None, ""):
                 print(f"{key + ':':<17} {value}", flush=True)
-        faulthandler.cancel_dump_traceback_later()
-        Path(self.trace.name).unlink()
+        self.limit(60)  # a thread may block the exit
+        Path(self.trace.name).unlink(missing_ok=True)
         self.lock.close()
         if r["status"] != "ok":
             sys.exit(130 if stopped else 1)
@@ -402,23 +412,26 @@ def main():
     """Print the runs of this night, the last verdict and a status line; rewrite results.tsv."""
     sys.stdout = prepare.Output(sys.stdout)
     runs = runs_of_night()
-    write_results(runs)
     print(f"seconds\tseed\ttokens/s\t{HEADER}".expandtabs(10))
     for r in runs:
-        line = f"{r['time_budget']:.0f}\t{r['seed']}\t{r['tokens_per_second']}\t{row(r)}".expandtabs(10)
+        shown = r if r["standard"] or r["state"] in ("crash", "running") else r | dict(state="trial")
+        line = f"{r['time_budget']:.0f}\t{r['seed']}\t{r['tokens_per_second']}\t{row(shown)}".expandtabs(10)
         print(f"{line} ({r['status']}: {r['error']})" if r["error"] else line)
     rows = [r for r in runs if r["standard"]]
     kept = [r for r in rows if r["state"] == "keep"]
-    line = f"{len(rows)} runs, {len(kept)} kept, {sum(r['state'] == 'crash' for r in rows)} crashed"
+    crashed = sum(r["state"] == "crash" for r in rows)
+    line = f"without trials {len(rows)} runs, {len(kept)} kept, {crashed} crashed"
     if kept:
-        best, first = min(kept, key=lambda r: r["val_bpb"]), kept[0]
-        gain = first["val_bpb"] - best["val_bpb"]
-        line = f"best {best['val_bpb']:.6f} ({best['commit']}), {gain:.6f} below the first; {line}"
+        value, best = min((r["val_bpb"], r["commit"]) for r in kept)
+        line = f"best {value:.6f} ({best}), {kept[0]['val_bpb'] - value:.6f} below the first; {line}"
     for r in runs:
         if r["state"] == "running":
-            left = (r["clock"] or time.time()) + r["time_budget"] - time.time()
+            left = r["time"] + r["startup_seconds"] + r["time_budget"] - time.time()
             line += f"; process {r['run'].partition('-')[0]} is running, {max(0, left):.0f} s left"
-    print(f"last verdict: {runs[-1]['verdict'] if runs else ''}\n{line}; noise {noise(runs):.6f}")
+    for r in [r for r in runs if r["status"]][-1:]:
+        print(f"last verdict: {verdict_of(r, runs)}")
+    print(f"{line}; noise {noise(runs):.6f}")
+    write_results(runs)
 
 
 PRISTINE = fingerprint()

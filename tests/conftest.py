@@ -1,5 +1,6 @@
 """Every test works in a cache and with a hub of its own: none reads ~/.cache or the network."""
 
+import faulthandler
 import json
 import os
 import random
@@ -160,10 +161,15 @@ def document(rng, length):
 
 
 @pytest.fixture(autouse=True)
-def as_before():
-    """A Run changes standard output and what signals do, for the rest of its process."""
-    output, handler = sys.stdout, signal.getsignal(signal.SIGINT)
+def apart(tmp_path, monkeypatch):
+    """A Run in the process of a test logs to a folder of its own and leaves signals and output as they were."""
+    referee, output, handler = sys.modules.get("referee"), sys.stdout, signal.getsignal(signal.SIGINT)
+    if referee:
+        monkeypatch.setattr(referee, "REPOSITORY", tmp_path)
+        monkeypatch.setitem(referee.PRISTINE, "referee.REPOSITORY", repr(tmp_path))
+        referee.git.cache_clear()
     yield
+    faulthandler.cancel_dump_traceback_later()
     sys.stdout = output
     signal.signal(signal.SIGINT, handler)
 

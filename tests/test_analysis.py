@@ -36,7 +36,7 @@ def night(count):
 def journal_record(commit, **changes):
     seconds = dict.fromkeys(("total_seconds", "training_seconds", "eval_seconds", "startup_seconds"), 1.0)
     return seconds | dict(commit=commit, run=f"{commit} {changes}", status="ok", time_budget=300.0, data="python",
-                          device="cpu", time=0, tokens_per_second=5, standard=True) | changes
+                          device="cpu", time=0, tokens_per_second=5, standard=True, names=[], lock="") | changes
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_rows_that_are_none_are_named_by_line(read):
 
 def test_noise_comes_from_the_journal_or_else_from_the_log(read):
     rows = [row(1.2, "keep", commit="a"), row(1.3, "discard", commit="a"), row(1.4, "discard", commit="b")]
-    values = dict(a=(1.2, 1.22), c=(9.0, 9.1))
+    values = dict(a=(1.2, 1.22), c=(9.0, 9.1))  # of c there is no row
     records = [journal_record(commit, val_bpb=value) for commit in values for value in values[commit]]
     assert "noise: 0.0141\n" in read(rows, records)[0]
     assert "noise: 0.0707\n" in read(rows)[0]

@@ -1,5 +1,6 @@
 """Players that cheat are refused with the reason; odd ones that do not cheat score what a plain loop says."""
 
+import contextlib
 import json
 import math
 import random
@@ -173,32 +174,32 @@ class OwnTensor(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-FUTURE, ROWS, MEMORY, SHAPE = "sees the future", "depend on the other rows", "remember|change while", "logits"
+DEPENDS, SHAPE = "may depend only on earlier tokens of the same row", "logits"
 LEAKS = {
-    "blocks of 16": (lambda: Player(blocks(16)), FUTURE),
-    "blocks of 64": (lambda: Player(blocks(64)), FUTURE),
-    "chunked recurrence": (lambda: Player(chunked_recurrence), FUTURE),
-    "fft over time": (lambda: Player(fft), FUTURE),
-    "normalised over the sequence": (lambda: Player(lambda x: x.mean(1, keepdim=True).expand_as(x)), FUTURE),
-    "the next token": (lambda: Player(next_token), FUTURE),
-    "late in the row": (lambda: Player(late), FUTURE),
-    "faint attention": (lambda: Player(faint_attention), FUTURE),
-    "learns": (lambda: Learner(sly=False), MEMORY),
-    "learns at every other call": (lambda: Learner(sly=True), f"{MEMORY}|{ROWS}"),
-    "counts in a buffer": (lambda: Counter(hidden=False), MEMORY),
-    "counts out of sight": (lambda: Counter(hidden=True), MEMORY),
-    "collects rows": (Collector, MEMORY),
-    "behind one large logit": (lambda: Edited(one_logit(-1e6), next_token), FUTURE),
-    "behind an offset": (lambda: Edited(lambda logits: logits + 1e6, next_token), FUTURE),
-    "behind noise": (lambda: Edited(noise_on_specials, lambda x: 0.03 * next_token(x)), FUTURE),
-    "in the first row": (lambda: Player(first_row), FUTURE),
-    "writes to its input": (Packer, FUTURE),
+    "blocks of 16": (lambda: Player(blocks(16)), DEPENDS),
+    "blocks of 64": (lambda: Player(blocks(64)), DEPENDS),
+    "chunked recurrence": (lambda: Player(chunked_recurrence), DEPENDS),
+    "fft over time": (lambda: Player(fft), DEPENDS),
+    "normalised over the sequence": (lambda: Player(lambda x: x.mean(1, keepdim=True).expand_as(x)), DEPENDS),
+    "the next token": (lambda: Player(next_token), DEPENDS),
+    "late in the row": (lambda: Player(late), DEPENDS),
+    "faint attention": (lambda: Player(faint_attention), DEPENDS),
+    "learns": (lambda: Learner(sly=False), DEPENDS),
+    "learns at every other call": (lambda: Learner(sly=True), DEPENDS),
+    "counts in a buffer": (lambda: Counter(hidden=False), DEPENDS),
+    "counts out of sight": (lambda: Counter(hidden=True), DEPENDS),
+    "collects rows": (Collector, DEPENDS),
+    "behind one large logit": (lambda: Edited(one_logit(-1e6), next_token), DEPENDS),
+    "behind an offset": (lambda: Edited(lambda logits: logits + 1e6, next_token), DEPENDS),
+    "behind noise": (lambda: Edited(noise_on_specials, lambda x: 0.03 * next_token(x)), DEPENDS),
+    "in the first row": (lambda: Player(first_row), DEPENDS),
+    "writes to its input": (Packer, DEPENDS),
 }
 FAULTS = {
-    "mean of the batch": (lambda: Player(lambda x: x.mean((0, 1)).expand_as(x)), "other rows"),
-    "normalised over the batch": (lambda: Player(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), ROWS),
-    "peeks at the next row": (lambda: Player(lambda x: x.roll(-1, 0)), ROWS),
-    "dropout": (lambda: Player(lambda x: F.dropout(x, 0.1, training=True)), "random"),
+    "mean of the batch": (lambda: Player(lambda x: x.mean((0, 1)).expand_as(x)), DEPENDS),
+    "normalised over the batch": (lambda: Player(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), DEPENDS),
+    "peeks at the next row": (lambda: Player(lambda x: x.roll(-1, 0)), DEPENDS),
+    "dropout": (lambda: Player(lambda x: F.dropout(x, 0.1, training=True)), DEPENDS),
     "one nan": (lambda: Edited(one_logit(math.nan)), SHAPE),
     "one inf": (lambda: Edited(one_logit(math.inf)), SHAPE),
     "one that fp32 cannot hold": (lambda: Edited(lambda logits: one_logit(-1e300)(logits.double())), SHAPE),
@@ -371,6 +372,12 @@ def prepare_changed_back(run, score):
         to_the_end(score, player)
 
 
+def refusal_swallowed(run, score):
+    """Changes the referee, and goes on as if it had not noticed."""
+    with contextlib.suppress(Refused):
+        prepare_changed_back(run, score)
+
+
 def prepare_changed_by_the_model(run, score):
     def leak(x):
         patch.setattr(referee.Inspector, "probe", no_probe)
@@ -403,15 +410,16 @@ RUNS = {
     "scored twice": (scored_twice, "a run has one score"),
     "evaluated before": (evaluated_before, "a run has one score"),
     "score made up": (lambda run, score: run.record.update(val_bpb=0.5, status="ok"), "no score"),
-    "started twice": (lambda run, score: run.start(), "start.. is called once"),
+    "started twice": (lambda run, score: run.start(), "start.. was called twice"),
     "clock moved": (clock_moved, "clock was set"),
-    "both clocks moved": (both_clocks_moved, "changed at run time: OPENED"),
+    "both clocks moved": (both_clocks_moved, "changed at run time: referee.OPENED"),
     "budget changed": (budget_changed, "clock was set"),
     "budget changed in the environment": (environment_changed, "clock was set"),
-    "prepare changed": (prepare_changed, "changed at run time: __getattr__, pack_rows, EVAL_ROWS, evaluate_bpb, .*"
-                        "get_vocab_size, .*progress"),
-    "prepare changed and put back": (prepare_changed_back, "changed at run time: probe"),
-    "prepare changed by the model": (prepare_changed_by_the_model, "sees the future"),
+    "prepare changed": (prepare_changed, "changed at run time: prepare.__getattr__, prepare.pack_rows, "
+                        "prepare.EVAL_ROWS, prepare.evaluate_bpb, .*Tokenizer.get_vocab_size, Run.progress"),
+    "prepare changed and put back": (prepare_changed_back, "changed at run time: Inspector.probe"),
+    "refusal swallowed": (refusal_swallowed, "no score"),
+    "prepare changed by the model": (prepare_changed_by_the_model, DEPENDS),
     "other rows": (other_rows(False), "is not what was prepared"),
     "other rows and manifest": (other_rows(True), "other data"),
 }  # fmt: skip
@@ -421,14 +429,12 @@ RUNS = {
 def test_a_run_that_is_tampered_with_has_no_score(run_of, name):
     cheat, reason = RUNS[name]
     report, record, code = run_of(cheat)
-    assert report["status"] == record["status"] == ("crash" if name == "score made up" else "refused") and code == 1
+    assert report["status"] == record["status"] == ("crash" if reason == "no score" else "refused") and code == 1
     assert "val_bpb" not in report
     assert re.search(reason, report["error"]) and re.search(reason, record["error"])
 
 
 def test_what_a_player_prints_is_no_score(run_of, monkeypatch, tmp_path):
-    monkeypatch.setattr(referee, "REPOSITORY", tmp_path)  # whose results.tsv is to be written
-    monkeypatch.setitem(referee.PRISTINE, "REPOSITORY", repr(tmp_path))
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(shutil.copytree(prepare.cache_root(), tmp_path / "cache")))
 
     def cheat(run, score):
@@ -438,7 +444,7 @@ def test_what_a_player_prints_is_no_score(run_of, monkeypatch, tmp_path):
 
     report, record, code = run_of(cheat)
     results = (tmp_path / "results.tsv").read_text().splitlines()
-    assert code == 0 and len(results) == 2 and float(results[1].split("\t")[1]) > 2
+    assert code == 0 and float(results[-1].split("\t")[1]) > 2 and "0.500000" not in "".join(results)
     assert record["val_bpb"] == pytest.approx(float(report["val_bpb"])) and record["val_bpb"] > 2
 
 

@@ -1,6 +1,7 @@
 """README's commands for Slurm and Ray, run on the real thing where it is installed; SkyPilot's file, by its parser."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -96,7 +97,7 @@ def test_slurm(slurm, tmp_path, toy):
     lab = Worktree(tmp_path / "lab", toy)
     assert lab.submit("Slurm", **slurm).wait(100) == 0, lab.log()
     assert "\nstatus:           ok\n" in lab.log() and f"\ncommit:           {lab.head()}\n" in lab.log()
-    lab.set_in_loop(BREAKS["crash"])
+    lab.set_line(BREAKS["crash"])
     lab.commit("too bold")
     assert lab.submit("Slurm", **slurm).wait(100) != 0
     assert "error:            ValueError: no\n" in lab.log()
@@ -140,8 +141,8 @@ def test_ray_with_two_workers(ray_workers, tmp_path, toy):
         assert run.wait(100) == 0, lab.log()
         assert f"\ncommit:           {lab.head()}\n" in lab.log() and [row[3] for row in lab.results()] == ["keep"]
     journals = [(tmp_path / name / "runs.jsonl").read_text().splitlines() for name in ("first", "second")]
-    assert [*map(len, journals)] == [1, 1]
-    labs[0].set_in_loop(BREAKS["crash"])
+    assert [len({json.loads(line)["run"] for line in lines if line}) for lines in journals] == [1, 1]
+    labs[0].set_line(BREAKS["crash"])
     labs[0].commit("too bold")
     assert labs[0].submit("Ray Jobs", **ray_workers).wait(100) != 0
     assert [row[3] for row in labs[0].results()] == ["keep", "crash"]

@@ -1,6 +1,8 @@
 """How runs end, what they leave, and what git may do to them: train.py and a smaller player as processes."""
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import re
@@ -143,8 +145,8 @@ class Lab:
         indent = "        " if where == "in the loop" else "    "
         edit(self.repository / "train.py", (f".*# {where}", f"{indent}{line}  # {where}"))
 
-    def set_limits(self, seconds):
-        edit(self.repository / "referee.py", ("(?<=EVAL_LIMIT = )900, 300, 1800", f"60, {seconds}, {seconds}"))
+    def set_limits(self, train, evaluate=60):
+        edit(self.repository / "referee.py", ("(?<=EVAL_LIMIT = )900, 300, 1800", f"60, {train}, {evaluate}"))
 
     def journal(self):
         """The last record of each run, in the order of their starts."""
@@ -174,9 +176,25 @@ def memory_gb(record):
     return f"{record['peak_vram_mb'] / 1024:.1f}"
 
 
+def test_one_experiment_from_start_to_report(driver, tmp_path, toy):
+    source, count = re.subn("^COMPILE = True", "COMPILE = False", (ROOT / "train.py").read_text(), flags=re.M)
+    lab = Lab(driver, tmp_path, toy, 3.0, source)
+    lab.start()
+    code, log, report = lab.end()
+    assert (count, code) == (1, 0)
+    assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
+                             "total_tokens_M", "num_steps", "num_params_M", "depth"]
+    assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
+    assert float(report["training_seconds"]) >= 3 and 0 < float(report["val_bpb"]) < 4
+    losses = [float(loss) for loss in re.findall(r"^step \d+ .* loss ([\d.]+)", log, re.M)]
+    assert losses[-1] < losses[0]
+    assert "\r" not in log and log.startswith(f"commit {report['commit']}, seed 42: ")
+    assert log.count("\nit writes:\n    ") == 2
+
+
 # Every ending of the real train.py
 
-KILLED = "killed from outside, or by the system when memory ran out"
+KILLED = "killed from outside, or by the system because memory ran out"
 HUNG = r"hung; the traceback is in .*\.trace"
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))"  # bytes of a file: a full disk
 ENDINGS = {  # what happens after the third step, a line or signals: status, error, exit code
@@ -226,7 +244,8 @@ def endings(driver, toy, tmp_path_factory):
         if signals or status == "timeout":
             pid = lab.running()  # before the others make it slow
         for number in signals:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # the first one was enough
+                os.kill(pid, number)
             time.sleep(0.02)
     return labs
 
@@ -248,10 +267,23 @@ def test_every_ending_leaves_a_row_and_a_reason(endings, name):
         report = block(log)
         assert (report["status"], report.get("error", "")) == (status, record["error"])
         assert report.get("val_bpb", "0.000000") == score and record["num_steps"] >= 3
-    assert (lab.cache / "best.pt").read_bytes().startswith(b"PK" if name == "ok" else b"of the last night")
+    if name == "ok":
+        written = example_of_the_readme(lab)
+        assert written.startswith("def ") and len(written) > 40
+    else:  # the weights of an older run are not touched
+        assert (lab.cache / "best.pt").read_text() == "of the last night"
     assert len([*lab.cache.glob("*.trace")]) == (name in ("hung", "hung in C", "killed"))
     with open(lab.cache / CPU_LOCK) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def example_of_the_readme(lab):
+    """What the lines of the README that load best.pt print."""
+    code, output = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+        patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+        exec(code, {})
+    return output.getvalue()
 
 
 def referee_runs(lab):
@@ -278,7 +310,7 @@ def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
     assert re.search(rf"; process {pid} is running, \d+ s left;", table[-1])
     os.kill(pid, signal.SIGKILL)
     lab.wait()
-    assert lab.look()[-1].startswith("1 runs, 0 kept, 1 crashed")
+    assert lab.look()[-1].startswith("without trials 1 runs, 0 kept, 1 crashed")
 
 
 # Rows and verdicts
@@ -288,7 +320,7 @@ def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
 def test_a_trial_is_in_the_journal_alone(lab, env):
     before = (lab.repository / "results.tsv").read_text()
     report = lab.experiment(**env)
-    assert report["status"] == "ok" and report["verdict"] == "none (a trial, not in results.tsv)"
+    assert report["status"] == "ok" and report["verdict"] == TRIAL
     [record] = lab.journal()
     assert (record["standard"], record["seed"]) == (False, int(env.get("AUTORESEARCH_SEED", 42)))
     assert lab.look()[1].split()[1:4:2] == [str(record["seed"]), lab.head()]
@@ -298,10 +330,11 @@ def test_a_trial_is_in_the_journal_alone(lab, env):
 def run_of(commit, val_bpb, seed=42, state="keep", **changes):
     """A record as verdict_of reads it."""
     return dict(commit=commit, val_bpb=val_bpb, seed=seed, state=state, status="ok", time_budget=300.0, data="d",
-                standard=seed == 42) | changes
+                device="cpu", standard=seed == 42) | changes
 
 
 BASE = [run_of("a", 1.000), run_of("a", 1.004, 1)]  # noise 0.0028
+TRIAL = "none (another seed or time budget, so not in results.tsv)"
 CONFIRM, SIMPLER = "confirm: run again with AUTORESEARCH_SEED=1", ": keep it only if the code is simpler"
 VERDICTS = {  # the runs of the night, the last of them judged
     "first": ([run_of("a", 1.0)], "keep (first)"),
@@ -323,13 +356,17 @@ VERDICTS = {  # the runs of the night, the last of them judged
     "nothing to confirm with": ([run_of("a", 1.0), run_of("b", 0.99)],
                                 "keep (0.0100 better than 1.0000)"),
     "other data": ([*BASE, run_of("b", 1.5, data="e")], "keep (first)"),
-    "other budget": ([*BASE, run_of("b", 1.5, time_budget=20.0, standard=False)], "none (a trial, not in results.tsv)"),
+    "other budget": ([*BASE, run_of("b", 1.5, time_budget=20.0, standard=False)], TRIAL),
+    "other device": ([*BASE, run_of("b", 1.5, device="H100")], "keep (first)"),
+    "only the second seed was kept": (
+        [run_of("a", None, status="crash", state="crash"), run_of("a", 1.0, 1), run_of("b", 0.9), run_of("b", 0.98, 1),
+         run_of("b", 0.91)], "discard (0.0200 better than 1.0000, within the noise of 0.0436" + SIMPLER + ")"),
     "the best was undone": (
         [*BASE, run_of("b", 0.9, state="discard"), run_of("c", 0.990)],
         f"{CONFIRM} (0.0100 better than 1.0000, noise 0.0028)"),
     "a mean to beat": ([*BASE, run_of("a", 1.010), run_of("b", 1.004)],
                        f"discard (0.0010 better than 1.0050, within the noise of 0.0050{SIMPLER})"),
-    "the other seed of the first": (BASE, "none (a trial, not in results.tsv)"),
+    "the other seed of the first": (BASE, TRIAL),
     "no score": ([*BASE, run_of("b", None, status="oom", state="crash")],
                  "none (no score): fix a mistake and run again, or undo the commit"),
     "uncommitted": ([*BASE, run_of("b+", 0.5, state="discard")],
@@ -392,10 +429,12 @@ def test_a_log_that_cannot_be_written_costs_not_the_other(lab, name):
 
 @pytest.mark.parametrize("line, code, error", [
     ("raise ValueError('the sample')", 0, "ValueError: the sample"), ("os.kill(os.getpid(), 9)", -9, ""),
+    ("time.sleep(100)", 1, ""),  # past the limit
     (f"{FULL.replace('50_000', '1')}; torch.save(0, cache_root() / 'best.pt')", 0, "(OS|Runtime)Error: .*NOT LOGGED.*"),
 ])  # fmt: skip
 def test_what_ends_a_run_after_the_score_does_not_lose_it(lab, line, code, error):
     lab.set_line(line, "after the score")
+    lab.set_limits(60, 8 if "sleep" in line else 60)  # with time for a slow machine to evaluate
     lab.commit("the end")
     lab.start()
     assert lab.wait()[0] == code
@@ -463,8 +502,8 @@ def test_subjects_in_any_encoding_with_tabs_and_signatures(lab):
 
 
 def test_a_locale_that_lacks_a_letter(lab):
-    lab.commit("a dash \u2014 and \u4f60")
     lab.set_line("print('\u2014\u4f60')", "after the score")
+    lab.commit("a dash \u2014 and \u4f60")
     report = lab.experiment(PYTHONIOENCODING="latin-1", LC_ALL="C", PYTHONUTF8="0")
     assert report["status"] == "ok" and lab.results()[0][4] == "a dash \u2014 and \u4f60"
 
@@ -516,7 +555,7 @@ def test_git_loses_no_row(lab, monkeypatch):
         if after != "uncommitted":
             lab.git("commit", "-q", "-m", subject, "train.py", "referee.py")
         else:
-            subject = lab.git("log", "-1", "--format=%s")
+            subject = "uncommitted, after: " + lab.git("log", "-1", "--format=%s")
         lab.start()
         lab.wait()
         if what in ("hang", "killed"):  # which leave it to the next command
