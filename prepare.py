@@ -124,10 +124,13 @@ def lock_file(path, owner):
 def lock_holder(path):
     """The owner of the lock `path`, "" if it is free."""
     try:
-        lock_file(path, "").close()
-        return ""
-    except OSError as owner:
-        return str(owner)
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        pass
+    return ""
 
 
 def sha256_of(path):

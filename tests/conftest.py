@@ -163,7 +163,8 @@ def document(rng, length):
 @pytest.fixture(autouse=True)
 def apart(tmp_path, monkeypatch):
     """A Run in the process of a test logs to a folder of its own and leaves signals and output as they were."""
-    referee, output, handler = sys.modules.get("referee"), sys.stdout, signal.getsignal(signal.SIGINT)
+    referee, output = sys.modules.get("referee"), sys.stdout
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if referee:
         monkeypatch.setattr(referee, "REPOSITORY", tmp_path)
         monkeypatch.setitem(referee.PRISTINE, "referee.REPOSITORY", repr(tmp_path))
@@ -171,7 +172,8 @@ def apart(tmp_path, monkeypatch):
     yield
     faulthandler.cancel_dump_traceback_later()
     sys.stdout = output
-    signal.signal(signal.SIGINT, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What befalls prepare.py, as a process: the network, the disk, kills, damage. It says so, and the next run repairs."""
 
+import contextlib
 import json
 import os
 import random
@@ -116,7 +117,8 @@ def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
             pid, end = int((tmp_path / "pid").read_text()), time.monotonic() + seconds
             until(lambda: (tmp_path / "exit").exists() or time.monotonic() > end, "its end")
             if not (tmp_path / "exit").exists():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(pid, signal.SIGKILL)
             until((tmp_path / "exit").exists, "its end by a kill")
             return int((tmp_path / "exit").read_text())
 

@@ -538,6 +538,15 @@ EXPERIMENTS = [  # what is tried, what is done with git after it
 ]  # fmt: skip
 
 
+def view(lab):
+    """What `uv run referee.py` writes, without a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
+        patch.setattr(referee, "REPOSITORY", lab.repository)
+        referee.git.cache_clear()
+        referee.write_results(referee.runs_of_night())
+
+
 def test_git_loses_no_row(lab, monkeypatch):
     """Twenty experiments as an agent makes them, and what people do beside: every run has one row, with its state."""
     setup = re.search(r"```bash\n(.*?)```", (ROOT / "program.md").read_text(), re.S)[1].replace("<tag>", "nov1")
@@ -559,7 +568,7 @@ def test_git_loses_no_row(lab, monkeypatch):
         lab.start()
         lab.wait()
         if what in ("hang", "killed"):  # which leave it to the next command
-            lab.look()
+            view(lab)
         record = referee_runs(lab)[-1]
         score = "0.000000" if what in BREAKS else f"{record['val_bpb']:.6f}"
         state = "crash" if what in BREAKS else "discard" if after == "uncommitted" else "keep"
@@ -596,8 +605,7 @@ def test_git_loses_no_row(lab, monkeypatch):
         elif after == "worktree":
             lab.git("worktree", "add", "-q", "--detach", "../worktree")
             lab.repository = lab.folder / "worktree"
-        if after or number % 4 == 0:
-            lab.look()
+        view(lab)
         assert lab.results() == expected, (number, what, after)
     pins = lab.git("for-each-ref", "--format=%(refname)", "refs/runs").split()
     assert {f"refs/runs/{row[0].rstrip('+')}" for row in expected} <= {*pins}
