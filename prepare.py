@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import resource
 import shutil
@@ -687,9 +688,13 @@ def make_dataloader(tokenizer, B, T, split, device=None):
     return read()
 
 
-# === 6. Evaluation: the metric ===
+# === 6. Evaluation: the metric, and the probe for leaks ===
 
 EVAL_ROWS = 16  # per forward at most: 16 x 2048 x 8192 fp32 logits are 1 GiB
+PROBED, REPEATS = 0.15, 8  # share of the batches that are probed; probes of the first batch at the end
+ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats; honest bf16 rounding stays below
+LEAK = ("the cost of a target changes by {:.2g} nats with later tokens, other rows or time: logits may "
+        "depend only on earlier tokens of the same row")
 evaluated = []  # types of the models scored so far
 
 
@@ -721,7 +726,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     The metric: the cost in bits of the targets of the validation rows, over their UTF-8 bytes. Special
     tokens count in neither. The loss is computed here, from the logits, in fp32, and summed in fp64. Each row
     is read once, in batches of at most EVAL_ROWS, halved when out of memory.
-    `inspect(cost, inputs, targets)` may add checks; it returns cost(inputs, targets), nats [B, T].
+    `inspect(cost, inputs, targets)` may add checks, as an Inspector does; it returns cost(inputs, targets).
     `tokenizer` is ignored, since it could be changed: the prepared one counts. Raises Refused.
     """
     import torch
@@ -761,6 +766,51 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
             at += len(ids)
     model.train(training)
     return nats / math.log(2) / size
+
+
+class Inspector:
+    """Passed to evaluate_bpb as `inspect`: probes random batches of `rows`, (n, T + 1), for leaks."""
+
+    def __init__(self, rows):
+        self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
+
+    def __call__(self, cost, inputs, targets):
+        import torch
+
+        chosen = self.first is None or self.random.random() < PROBED
+        nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
+        self.first = self.first or (inputs, targets, nats)
+        if self.scored + len(inputs) == len(self.rows):
+            for _ in range(REPEATS):  # a model that remembers the rows scored since shows it here
+                self.probe(cost, *self.first)
+            edges = torch.cat(self.edges)
+            if edges.mean() > MEAN_GAIN or edges.abs().mean() > MEAN_CHANGE:
+                raise Refused(LEAK.format(float(edges.abs().mean())))
+        self.scored += len(inputs)
+        return nats
+
+    def probe(self, cost, inputs, targets, nats=None):
+        """Raise Refused if the cost of a target changes with tokens that the model must not see.
+
+        Each row keeps a prefix; another row replaces the rest. One prefix is the whole row: other rows must
+        not matter. Unless `nats` is known, the mixed rows come before the true ones.
+        """
+        import torch
+
+        (B, T), rng = inputs.shape, self.random
+        others = self.rows[torch.tensor(rng.choices(range(len(self.rows)), k=B)), 1:]
+        others = others.roll(rng.randrange(T), 1).to(inputs.device)
+        lengths = rng.sample([T, 1, T - 1, *(rng.randrange(1, T + 1) for _ in range(max(1, B - 3)))], B)
+        kept = torch.tensor(lengths, device=inputs.device)[:, None]
+        seen = torch.arange(T, device=inputs.device) < kept  # (B, T)
+        mixed = cost(torch.where(seen, inputs, others), targets)
+        nats = cost(inputs, targets) if nats is None else nats
+        change = (mixed - nats) * seen
+        self.edges.append(change.gather(1, kept - 1))  # at the end of the prefix, where leaks show most
+        worst = float(change.abs().max())
+        if not worst <= ONE_CHANGE:  # nan is refused, too
+            raise Refused(LEAK.format(worst))
+        return nats
 
 
 # === 7. main: prepare one corpus and make it current ===

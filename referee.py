@@ -1,10 +1,10 @@
 """
-The referee: it times, probes and logs a run, and says what to do next. Nobody edits this file.
+The referee: it times and logs a run, and says what to do next. Nobody edits this file.
 
     from referee import Run    what train.py trains in
     uv run referee.py          prints the runs of this night, rewrites results.tsv
 
-Four rooms, each using only those above it and prepare.py: grep -n '^# ===' referee.py
+Three rooms, each using only those above it and prepare.py: grep -n '^# ===' referee.py
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -28,56 +27,7 @@ import torch
 import prepare
 from prepare import PrepareError, Refused, cache_root, read_manifest
 
-# === 1. Probe: does the model see what it must predict? ===
-
-PROBED, REPEATS = 0.15, 8  # share of the batches that are probed; probes of the first batch at the end
-ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats; honest bf16 rounding stays below
-LEAK = ("the cost of a target changes by {:.2g} nats with later tokens, other rows or time: logits may "
-        "depend only on earlier tokens of the same row")
-
-
-class Inspector:
-    """Passed to evaluate_bpb as `inspect`: probes random batches of `rows`, (n, T + 1), for leaks."""
-
-    def __init__(self, rows):
-        self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
-
-    def __call__(self, cost, inputs, targets):
-        chosen = self.first is None or self.random.random() < PROBED
-        nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
-        self.first = self.first or (inputs, targets, nats)
-        if self.scored + len(inputs) == len(self.rows):
-            for _ in range(REPEATS):  # a model that remembers the rows scored since shows it here
-                self.probe(cost, *self.first)
-            edges = torch.cat(self.edges)
-            if edges.mean() > MEAN_GAIN or edges.abs().mean() > MEAN_CHANGE:
-                raise Refused(LEAK.format(float(edges.abs().mean())))
-        self.scored += len(inputs)
-        return nats
-
-    def probe(self, cost, inputs, targets, nats=None):
-        """Raise Refused if the cost of a target changes with tokens that the model must not see.
-
-        Each row keeps a prefix; another row replaces the rest. One prefix is the whole row: other rows must
-        not matter. Unless `nats` is known, the mixed rows come before the true ones.
-        """
-        (B, T), rng = inputs.shape, self.random
-        others = self.rows[torch.tensor(rng.choices(range(len(self.rows)), k=B)), 1:]
-        others = others.roll(rng.randrange(T), 1).to(inputs.device)
-        lengths = rng.sample([T, 1, T - 1, *(rng.randrange(1, T + 1) for _ in range(max(1, B - 3)))], B)
-        kept = torch.tensor(lengths, device=inputs.device)[:, None]
-        seen = torch.arange(T, device=inputs.device) < kept  # (B, T)
-        mixed = cost(torch.where(seen, inputs, others), targets)
-        nats = cost(inputs, targets) if nats is None else nats
-        change = (mixed - nats) * seen
-        self.edges.append(change.gather(1, kept - 1))  # at the end of the prefix, where leaks show most
-        worst = float(change.abs().max())
-        if not worst <= ONE_CHANGE:  # nan is refused, too
-            raise Refused(LEAK.format(worst))
-        return nats
-
-
-# === 2. Log: the journal of this machine, and results.tsv, a view of it ===
+# === 1. Log: the journal of this machine, and results.tsv, a view of it ===
 
 REPOSITORY = Path(__file__).parent
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"  # of results.tsv
@@ -167,7 +117,7 @@ def write_results(runs):
         prepare.write_text((REPOSITORY / "results.tsv").resolve(), "\n".join([HEADER, *rows]) + "\n")
 
 
-# === 3. Verdict: what to do after a run ===
+# === 2. Verdict: what to do after a run ===
 
 def setting(r):
     """What must be equal for two scores to be compared."""
@@ -220,7 +170,7 @@ def verdict_of(run, runs):
     return f"discard ({words})"
 
 
-# === 4. Run: clock, limits, lock and report ===
+# === 3. Run: clock, limits, lock and report ===
 
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
 START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # seconds until it hangs; TRAIN_LIMIT: over the budget
@@ -230,7 +180,7 @@ STATUS = {Refused: "refused", FloatingPointError: "nan", torch.OutOfMemoryError:
 
 def fingerprint():
     """What train.py could replace at run time: constants by value, functions and methods by their code."""
-    owners = prepare, sys.modules[__name__], prepare.Tokenizer, Inspector, Run
+    owners = prepare, sys.modules[__name__], prepare.Tokenizer, prepare.Inspector, Run
     return {f"{owner.__name__}.{name}": repr(v) if name.isupper() else id(getattr(v, "__code__", v))
             for owner in owners for name, v in vars(owner).items()}
 
@@ -365,7 +315,7 @@ class Run:
         if not -0.02 * budget <= seconds - budget <= late:
             raise Refused(f"trained for {seconds:.1f} s of a budget of {budget:.1f} s: stop at progress() 1")
         self.intact()
-        inspector = Inspector(prepare.validation_rows())
+        inspector = prepare.Inspector(prepare.validation_rows())
         value = prepare.evaluate_bpb(model, tokenizer, batch_size, inspector)
         self.intact()
         self.value = value

@@ -232,7 +232,7 @@ def val_rows():
 
 def score(model, tokenizer, batch_size):
     """What the referee makes of a model."""
-    return prepare.evaluate_bpb(model, tokenizer, batch_size, referee.Inspector(prepare.validation_rows()))
+    return prepare.evaluate_bpb(model, tokenizer, batch_size, prepare.Inspector(prepare.validation_rows()))
 
 
 @torch.no_grad()
@@ -364,11 +364,11 @@ def no_probe(self, cost, inputs, targets, nats=None):
 
 def prepare_changed_back(run, score):
     """Without a probe, until the last call has been made."""
-    probe = referee.Inspector.probe
+    probe = prepare.Inspector.probe
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(referee.Inspector, "probe", no_probe)
+        patch.setattr(prepare.Inspector, "probe", no_probe)
         player = Player(next_token)
-        player.train = lambda mode=True: setattr(referee.Inspector, "probe", probe) if mode else None
+        player.train = lambda mode=True: setattr(prepare.Inspector, "probe", probe) if mode else None
         to_the_end(score, player)
 
 
@@ -380,7 +380,7 @@ def refusal_swallowed(run, score):
 
 def prepare_changed_by_the_model(run, score):
     def leak(x):
-        patch.setattr(referee.Inspector, "probe", no_probe)
+        patch.setattr(prepare.Inspector, "probe", no_probe)
         return next_token(x)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -583,6 +583,6 @@ def test_no_random_model_is_refused():
             logits = model(inputs).flatten(0, 1)  # noqa: B023
             return F.cross_entropy(logits, targets.flatten(), reduction="none").view(inputs.shape)
 
-        inspector = referee.Inspector(rows)
+        inspector = prepare.Inspector(rows)
         inspector(cost, rows[:, :-1], rows[:, 1:])
         assert torch.cat(inspector.edges).abs().mean() < 1e-3
