@@ -784,8 +784,9 @@ class Inspector:
             for _ in range(REPEATS):  # a model that remembers the rows scored since shows it here
                 self.probe(cost, *self.first)
             edges = torch.cat(self.edges)
-            if edges.mean() > MEAN_GAIN or edges.abs().mean() > MEAN_CHANGE:
-                raise Refused(LEAK.format(float(edges.abs().mean())))
+            gain, change = float(edges.mean()), float(edges.abs().mean())
+            if gain > MEAN_GAIN or change > MEAN_CHANGE:
+                raise Refused(LEAK.format(change))
         self.scored += len(inputs)
         return nats
 
