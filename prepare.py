@@ -216,7 +216,7 @@ def mfu_percent(name, flops):
 
 
 def peak_memory():
-    """Peak bytes of tensors on the GPU; without a GPU, peak bytes of the process."""
+    """Peak bytes of tensors on the GPU; without one, of the process."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -692,10 +692,8 @@ def make_dataloader(tokenizer, B, T, split, device=None):
 
 EVAL_ROWS = 16  # per forward at most: 16 x 2048 x 8192 fp32 logits are 1 GiB
 PROBED, REPEATS = 0.15, 8  # share of the batches that are probed; probes of the first batch at the end
-ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats; honest bf16 rounding stays below
-LEAK = ("the cost of a target changes by {:.2g} nats with later tokens, other rows or time: logits may "
-        "depend only on earlier tokens of the same row")
-evaluated = []  # types of the models scored so far
+ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats; bf16 rounding stays below
+evaluated = []  # types of the models scored
 
 
 class Refused(Exception):
@@ -781,17 +779,18 @@ class Inspector:
         nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
         self.first = self.first or (inputs, targets, nats)
         if self.scored + len(inputs) == len(self.rows):
-            for _ in range(REPEATS):  # a model that remembers the rows scored since shows it here
+            for _ in range(REPEATS):  # a model that remembers later rows shows it here
                 self.probe(cost, *self.first)
             edges = torch.cat(self.edges)
             gain, change = float(edges.mean()), float(edges.abs().mean())
             if gain > MEAN_GAIN or change > MEAN_CHANGE:
-                raise Refused(LEAK.format(change))
+                raise Refused("the model sees the future or other rows: other tokens there change what a "
+                              f"target costs by {change:.2g} nats")
         self.scored += len(inputs)
         return nats
 
     def probe(self, cost, inputs, targets, nats=None):
-        """Raise Refused if the cost of a target changes with tokens that the model must not see.
+        """Raise Refused if tokens that the model must not see change the cost of a target.
 
         Each row keeps a prefix; another row replaces the rest. One prefix is the whole row: other rows must
         not matter. Unless `nats` is known, the mixed rows come before the true ones.
@@ -807,10 +806,17 @@ class Inspector:
         mixed = cost(torch.where(seen, inputs, others), targets)
         nats = cost(inputs, targets) if nats is None else nats
         change = (mixed - nats) * seen
-        self.edges.append(change.gather(1, kept - 1))  # at the end of the prefix, where leaks show most
-        worst = float(change.abs().max())
-        if not worst <= ONE_CHANGE:  # nan is refused, too
-            raise Refused(LEAK.format(worst))
+        self.edges.append(change.gather(1, kept - 1))  # where leaks show most
+        if not float(change.abs().max()) <= ONE_CHANGE:  # nan is refused, too
+            row, at = divmod(int(change.abs().argmax()), T)
+            others[row] = inputs[row]
+            again, beside = (cost(idx, targets) - nats for idx in (inputs, others))
+            if float(again.abs().max()) > ONE_CHANGE:
+                raise Refused("two forwards of an input differ: logits must not be random or remember it")
+            if float(beside[row].abs().max()) > ONE_CHANGE:
+                raise Refused("the logits of a row depend on the other rows, or on earlier ones")
+            raise Refused(f"the model sees the future: tokens from {lengths[row]} on change what target {at} "
+                          f"costs by {float(change[row, at]):.2g} nats")
         return nats
 
 

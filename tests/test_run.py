@@ -13,10 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import begin, block, driver_of, until
 
 import referee
+import train
 
 ROOT = Path(__file__).parent.parent
 CPU_LOCK = f"cpu-{os.uname().nodename}.lock"  # machines may share a cache
@@ -268,6 +271,7 @@ def test_every_ending_leaves_a_row_and_a_reason(endings, name):
         assert (report["status"], report.get("error", "")) == (status, record["error"])
         assert report.get("val_bpb", "0.000000") == score and record["num_steps"] >= 3
     if name == "ok":
+        assert trained_loss(lab) < trained_loss(lab, untrained=True)
         written = example_of_the_readme(lab)
         assert written.startswith("def ") and len(written) > 40
     else:  # the weights of an older run are not touched
@@ -275,6 +279,17 @@ def test_every_ending_leaves_a_row_and_a_reason(endings, name):
     assert len([*lab.cache.glob("*.trace")]) == (name in ("hung", "hung in C", "killed"))
     with open(lab.cache / CPU_LOCK) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def trained_loss(lab, untrained=False):
+    """The loss of best.pt on four validation rows."""
+    best = torch.load(lab.cache / "best.pt")
+    model = train.GPT(train.GPTConfig(**best["config"]))
+    if not untrained:
+        model.load_state_dict(best["weights"])
+    rows = np.fromfile(next(lab.cache.glob("*/val_rows.bin")), np.uint16)
+    rows = torch.from_numpy(rows.astype(np.int64)).view(-1, 257)[:4]
+    return float(train.loss_of(model, rows[:, :-1], rows[:, 1:]))
 
 
 def example_of_the_readme(lab):
