@@ -25,6 +25,7 @@ import shutil
 import sys
 import sysconfig
 import time
+import timeit
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, count, islice, pairwise, repeat
@@ -37,10 +38,15 @@ from tqdm import tqdm
 # === 1. Contract and paths ===
 
 FORMAT = 2  # of the cache; other formats are prepared again
-SCALES = {  # full for a GPU, small for a CPU; train.py has constants for each
+SCALES = {  # see device_scale(); train.py has constants for each
     "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
+    "medium": dict(seq_len=2048, vocab_size=8192, val_rows=4_096, num_shards=10),
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
+FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # bytes, and FLOP/s of a bf16 matmul, that full scale needs
+GPU_FILES = ("nvidiactl", "nvhost-ctrl", "kfd", "dxg")  # of drivers, in /dev
+FLASH_ATTENTION_3 = dict(repo_id="kernels-community/flash-attn3", revision="v1",
+                         trust_remote_code=["kernels-community/flash-attn3"])
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
 SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
@@ -193,10 +199,63 @@ def env_number(name, default, low, high):
 
 
 def default_device():
+    """CUDA, MPS or the CPU, the first there is; the CPU if CUDA_VISIBLE_DEVICES is set to nothing."""
     import torch
 
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return torch.device("cpu")
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     return torch.device("cuda" if torch.cuda.is_available() else mps)
+
+
+def gpu_problem():
+    """Why torch cannot use the driver of an NVIDIA GPU, such as its age; "" without a GPU."""
+    import torch
+
+    problem = ""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            problem = str(error).partition(". ")[0]
+    return "" if "no NVIDIA driver" in problem or "No CUDA GPUs" in problem else problem
+
+
+def device_scale():
+    """The scale for this machine; a matmul is timed if a GPU has the memory for full scale."""
+    if not any(Path("/dev", name).exists() for name in GPU_FILES):
+        return "small"  # without the slow import of torch
+    import torch
+
+    if problem := gpu_problem():
+        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {problem}; update NVIDIA's "
+                           "driver (to R580 or later), or prepare for the CPU: --scale small")
+    if default_device().type != "cuda":
+        return "small"
+    if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
+        return "medium"
+    matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+    seconds = timeit.repeat(lambda: (matrix @ matrix, torch.cuda.synchronize()), number=1, repeat=5)
+    return "full" if 2 * 8192**3 / min(seconds) >= FULL_SPEED else "medium"
+
+
+def download_kernel():
+    """Download FlashAttention-3 for a Hopper GPU, to the cache of the hub. train.py finds it there."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
+        from kernels import install_kernel
+
+        try:
+            install_kernel(**FLASH_ATTENTION_3)
+        except Exception as error:  # no network, no build: many types
+            print(f"kernel:    no FlashAttention-3 ({type(error).__name__}: {str(error)[:100]})")
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory ran out. torch has several types and texts for that."""
+    signs = "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory"
+    return isinstance(error, MemoryError | RuntimeError) and bool(re.search(signs, repr(error)))
 
 
 def device_names(device):
@@ -754,8 +813,8 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
             inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
             try:
                 costs = inspect(cost, inputs, targets) if inspect else cost(inputs, targets)
-            except torch.OutOfMemoryError:
-                if len(ids) == 1:
+            except (RuntimeError, MemoryError) as error:
+                if len(ids) == 1 or not out_of_memory(error):
                     raise
                 batch //= 2
                 continue
@@ -846,6 +905,8 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
             manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
+        if scale != "small":
+            download_kernel()
         write_text(cache_root() / "current", folder.name + "\n")
     print(f"tokens:    {manifest['train_tokens']:,} in {manifest['train_docs']:,} documents to train on, "
           f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, "
@@ -895,11 +956,9 @@ def main():
     option("--vocab-size", type=int, metavar="N",
            help="with the 4 special tokens; 256 for the bytes beside them "
            "(default: 8192, at small scale 2048)")
-    driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
-    cuda = driver and default_device().type == "cuda"  # without a driver, skip the slow import of torch
-    option("--scale", choices=SCALES, default="full" if cuda else "small",
-           help="full: rows of 2048 for a GPU; small: rows of 512 for a CPU "
-           "(default: full where there is CUDA)")
+    option("--scale", choices=SCALES,
+           help="full: rows of 2048 for a GPU of 40 GB or more; medium: the same for other GPUs; "
+           "small: rows of 512 for a CPU (default: what suits this machine)")
     option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
     for name, low, high, other in (("num_shards", 1, LAST_SHARD, -1), ("vocab_size", 260, 2**16, 256),
@@ -910,7 +969,8 @@ def main():
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
         parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder")
     try:
-        prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
+        scale = args.scale or device_scale()
+        prepare(args.data, scale, args.num_shards, args.vocab_size, args.download_workers)
     except BlockingIOError as holder:
         sys.exit(f"error: process {holder} prepares the same in {cache_root()}; wait for it, or stop it")
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from statistics import fmean
 import torch
 
 import prepare
-from prepare import PrepareError, Refused, cache_root, read_manifest
+from prepare import PrepareError, Refused, cache_root, out_of_memory, read_manifest
 
 # === 1. Log: the journal of this machine, and results.tsv, a view of it ===
 
@@ -175,7 +175,7 @@ def verdict_of(run, runs):
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
 START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # seconds until it hangs; TRAIN_LIMIT: over the budget
 SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-STATUS = {Refused: "refused", FloatingPointError: "nan", torch.OutOfMemoryError: "oom", MemoryError: "oom"}
+STATUS = {Refused: "refused", FloatingPointError: "nan"}
 
 
 def fingerprint():
@@ -209,6 +209,9 @@ class Run:
 
     def __enter__(self):
         r, self.device = self.record, prepare.default_device()
+        if self.device.type != "cuda" and self.data["scale"] != "small":
+            raise PrepareError(f"the data have scale {self.data['scale']}, for a CUDA GPU, but "
+                               f"{prepare.gpu_problem() or 'there is none'}; prepare them with --scale small")
         r["device"], r["lock"] = prepare.device_names(self.device)
         try:
             self.lock = prepare.lock_file(cache_root() / r["lock"], r["run"])
@@ -266,6 +269,7 @@ class Run:
         if self.started is not None:
             raise Refused("start() was called twice; call it once")
         self.limit(self.budget + TRAIN_LIMIT)
+        self.copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self.record["startup_seconds"] = time.monotonic() - OPENED
         self.log()
         self.started = self.stepped = time.monotonic()
@@ -276,8 +280,11 @@ class Run:
         return (time.monotonic() - self.started) / self.budget
 
     def step(self, loss, tokens):
-        """Count an optimizer step on `tokens` tokens; its loss, a tensor, is read one step late."""
+        """Count an optimizer step on `tokens` tokens. Its loss, a tensor, is read one step late."""
         self.read_loss()
+        if self.device.type == "cuda":  # read_loss() waits for this copy, not for the step after it
+            loss = torch.as_tensor(loss).detach().to("cpu", non_blocking=True)
+            self.copied.record()
         self.late_loss, now = loss, time.monotonic()
         self.step_seconds.append(now - self.stepped)
         self.stepped = now
@@ -287,6 +294,8 @@ class Run:
     def read_loss(self):
         if self.late_loss is None:
             return
+        if self.device.type == "cuda":
+            self.copied.synchronize()
         self.losses.append(float(self.late_loss))
         r, progress, live = self.record, self.progress(), sys.stdout.isatty()
         if not math.isfinite(self.losses[-1]):
@@ -301,8 +310,7 @@ class Run:
     def score(self, model, tokenizer, batch_size):
         """Stop the clock, evaluate `model`, log the run, return val_bpb. Once per run."""
         self.read_loss()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        getattr(torch, self.device.type).synchronize()
         begun, budget, r = time.monotonic(), self.budget, self.record
         seconds = r["training_seconds"] = begun - self.started
         self.limit(EVAL_LIMIT)
@@ -334,7 +342,7 @@ class Run:
         for number in SIGNALS:  # a second Ctrl-C must not cost the record
             signal.signal(number, signal.SIG_IGN)
         r, stopped = self.record, isinstance(error, KeyboardInterrupt)
-        status = next((status for kinds, status in STATUS.items() if isinstance(error, kinds)), "crash")
+        status = "oom" if out_of_memory(error) else STATUS.get(kind, "crash")
         plain = status in ("refused", "nan")
         if error or self.value is None:
             text = f"{kind.__name__}: {error}" if error and not plain else str(error or "there is no score")

@@ -12,19 +12,18 @@ import ctypes
 import functools
 import math
 import os
-import shutil
-import sysconfig
-import timeit
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # else a busy machine slows threads that wait 5 times
+if "microsoft" not in os.uname().release:  # WSL has no expandable segments
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import SCALE, Tokenizer, cache_root, make_dataloader
+from prepare import FLASH_ATTENTION_3, SCALE, Tokenizer, cache_root, make_dataloader, out_of_memory
 from referee import Run
 
 # === Constants: only main() reads them. Edit a line, commit, run ===
@@ -44,8 +43,9 @@ SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens per optimizer step, rounded to whole rows; 2**19 gives too few steps
-DEVICE_BATCH = 64  # most rows per forward: about 34 GB; halved automatically when out of memory
-COMPILE = True  # torch.compile: a third more steps on two cores; takes 20 to 120 s before the clock starts
+DEVICE_BATCH = 64  # most rows per forward; halved when out of memory
+ROW_MIB = 510  # GPU memory of a row in a forward, by dry run (750 uncompiled): fewer rows on smaller cards
+COMPILE = True  # torch.compile; takes 30 to 120 s before the clock starts
 
 # Optimizer: learning rates are for width 768; AdamW's matrices scale theirs by (N_EMBD / 768)^-0.5
 MATRIX_LR = 0.04  # Muon
@@ -61,6 +61,11 @@ MOMENTUM = (0.85, 0.92, 0.05)  # Muon: start, end, share of the run for the chan
 WARMDOWN = 0.8  # last part of the run: learning rates fall linearly
 FINAL_LR = 0.04  # share of the learning rate left at the end; good from 0.03 to 0.05
 
+if SCALE == "medium":  # for other GPUs; the shape is from public logs of RTX 3060, 3090, 4090 and GB10
+    DEPTH, N_EMBD = 5, 512  # 8 x 768 gets only 140 steps on an RTX 3090
+    TOTAL_BATCH = 2**16
+    ROW_MIB = 300
+
 if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows of 256 or 512 tokens
     DEPTH = 2  # tried 3: +0.016
     N_EMBD = 128  # tried 192: +0.019
@@ -70,6 +75,7 @@ if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows
     SHIFT_KEYS = True  # tried False: +0.035
     WINDOW_PATTERN, SOFTCAP = "L", 0.0
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
+    COMPILE = False
     FINAL_LR = 0.0  # tried 0.04: +0.01
 
 # === Model ===
@@ -112,17 +118,23 @@ def norm(x):
     return F.rms_norm(x, (x.size(-1),))
 
 
+def one_line(error):
+    """An exception as a short line: its type and what it says, or what a compiler inside it says."""
+    lines = str(error).strip().splitlines() or [""]
+    line = next((line for line in lines if " error: " in line), lines[0])
+    return f"{type(error).__name__}: {line.strip()[:200]}"
+
+
 @functools.cache
 def flash_attention_3():
-    """FlashAttention-3 for Hopper, from the hub. If it does not load: prints why, once, and returns None."""
+    """FlashAttention-3 for Hopper, from prepare.py. If it does not load: prints why and returns None."""
     try:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # look in the cache only: training needs no network
         from kernels import get_kernel
 
-        repo, revision = "varunneal/flash-attention-3", "de87b9b5af06dd9984df595bef90b2eba44b181a"
-        kernel = get_kernel(repo, revision=revision, trust_remote_code=[repo])
-        return kernel.flash_attn_interface.flash_attn_func
-    except Exception as error:  # no network, no build for this torch: many exception types
-        print(f"no FlashAttention-3, torch's own kernel instead ({type(error).__name__}: {str(error)[:100]})")
+        return get_kernel(**FLASH_ATTENTION_3).flash_attn_func
+    except Exception as error:  # not downloaded, no build for this torch: many exception types
+        print(f"no FlashAttention-3, torch's own kernel instead ({one_line(error)})")
 
 
 def attention_kernel(device, dtype, sequence_len):
@@ -308,7 +320,7 @@ def orthogonalize(g):
 
 
 def muon_update(weights, grads, momentum_buffer, lr, momentum, decay, dtype):
-    """One in-place step of Muon on stacked weights (n, ..., M, N). lr, momentum, decay: 0-d tensors."""
+    """One in-place step of Muon on stacked weights (n, ..., M, N); lr, momentum, decay may be 0-d tensors."""
     momentum_buffer.lerp_(grads, 1 - momentum)
     update = orthogonalize(grads.lerp(momentum_buffer, momentum).to(dtype)).to(weights.dtype)  # Nesterov
     agree = (update * weights) >= 0
@@ -321,6 +333,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, dtype, compiled):
         super().__init__(groups, dict(momentum=0.0, weight_decay=0.0))
         self.dtype = dtype  # of the orthogonalization
+        self.number = torch.tensor if compiled else float  # a new float would recompile the update
         self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @torch.no_grad()
@@ -332,8 +345,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(grads)
             lr = group["lr"] * max(1, weights.size(-2) / weights.size(-1)) ** 0.5
-            # Tensors, because new floats would recompile the update
-            numbers = (torch.tensor(x) for x in (lr, group["momentum"], group["weight_decay"]))
+            numbers = map(self.number, (lr, group["momentum"], group["weight_decay"]))
             self.update(weights, grads, state["momentum_buffer"], *numbers, self.dtype)
             torch._foreach_copy_(params, list(weights.unbind()))
 
@@ -376,7 +388,7 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
     start, stop, share = momentum
     adamw, muon = optimizers
     for group in adamw.param_groups + muon.param_groups:
-        fade = min(1.0, max(0.0, 1 - progress) / warmdown)
+        fade = min(1.0, max(0.0, 1 - progress) / max(warmdown, 1e-9))
         group["lr"] = group["initial_lr"] * (final_lr + (1 - final_lr) * fade)
     for group in muon.param_groups:
         group["momentum"] = start + (stop - start) * min(1.0, progress / share)
@@ -386,23 +398,14 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
 # === Training ===
 
 
-def fast_dtype(device):
-    """bf16 on CUDA from sm_80 on, and on a CPU if bf16 measures faster there. Otherwise fp32."""
+def activation_dtype(device):
+    """bf16 on CUDA from sm_80 on, and on a CPU that multiplies bf16 matrices. Otherwise fp32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
-    if device.type != "cpu":
-        return torch.float32
-    matrices = (torch.ones(1024, 256, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
-    fp32, bf16 = (min(timeit.repeat(lambda x=x: x @ x.mT, number=1, repeat=10)) for x in matrices)
-    return torch.bfloat16 if bf16 < 0.8 * fp32 else torch.float32
-
-
-def can_compile(device):
-    """Whether torch.compile can run. On a CPU it needs a C++ compiler and the headers of Python."""
-    headers = os.path.join(sysconfig.get_path("include"), "Python.h")
-    return device.type == "cuda" or (
-        device.type == "cpu" and bool(shutil.which("g++")) and os.path.exists(headers)
-    )
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    else:
+        features = torch.cpu.get_capabilities()
+        has_bf16 = device.type == "cpu" and any(map(features.get, ("avx512_bf16", "amx_bf16")))
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def split_batch(rows, at_most):
@@ -425,29 +428,38 @@ def train_step(loss_fn, model, optimizers, batches, forwards):
     return total
 
 
-def warm_up(loss_fn, model, optimizers, rows, at_most, device):
-    """Compile and try the step on made-up batches, then undo it. Returns split_batch() of what fits."""
+def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
+    """Compile and try the step on made-up batches, then undo it. Returns split_batch() of what fits.
+
+    When out of memory, a forward gets half the rows. If torch.compile fails, the run goes on without it.
+    """
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    vocab_size, T, device = model.config.vocab_size, model.config.sequence_len, model.lm_head.weight.device
     while True:
         micro, forwards = split_batch(rows, at_most)
         try:
-            with torch.random.fork_rng():
-                shape = (2, micro, model.config.sequence_len)
-                made_up = torch.randint(model.config.vocab_size, shape, device=device)
-                for _ in range(2):  # two tensors, inputs and targets, as in training: no second compilation
-                    train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
-            break
-        except torch.OutOfMemoryError:
-            if micro == 1:
+            made_up = torch.arange(2 * micro * T, device=device).view(2, micro, T) % vocab_size
+            for _ in range(2):  # two tensors, inputs and targets, as in training: no second compilation
+                train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
+            return micro, forwards
+        except Exception as error:
+            full = out_of_memory(error)
+            if full and micro > 1:
+                at_most = micro // 2
+                print(f"out of memory with {micro} rows of a forward; trying {at_most}")
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+            elif compiled and not full:
+                compiled = False
+                torch.compiler.set_stance("force_eager")
+                print(f"torch.compile failed, so the model is not compiled ({one_line(error)})")
+            else:
                 raise
-            at_most = micro // 2
-            print(f"out of memory with {micro} rows of a forward; trying {at_most}")
         finally:
             model.load_state_dict(before)
             for optimizer in optimizers:
                 optimizer.state.clear()
                 optimizer.zero_grad(set_to_none=True)
-    return micro, forwards
 
 
 @torch.no_grad()
@@ -467,8 +479,7 @@ def main():
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
-        compiled = COMPILE and can_compile(run.device)
-        tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], fast_dtype(run.device)
+        tokenizer, T, dtype = Tokenizer.from_directory(), run.data["seq_len"], activation_dtype(run.device)
         config = GPTConfig(
             sequence_len=T, vocab_size=tokenizer.get_vocab_size(), n_layer=DEPTH, n_embd=N_EMBD,
             head_dim=HEAD_DIM, mlp_ratio=MLP_RATIO,
@@ -479,16 +490,19 @@ def main():
         model = GPT(config).to(run.device)
         decay = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
         optimizers = build_optimizers(
-            model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS, decay, compiled
+            model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS, decay, COMPILE
         )
-        loss_fn = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+        loss_fn = torch.compile(loss_of, dynamic=False) if COMPILE else loss_of
         num_params = sum(p.numel() for p in model.parameters())
         run.record |= dict(depth=DEPTH, num_params_M=num_params / 1e6, attention=config.attention,
                            flops_per_token=model.flops_per_token())
-        print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if compiled else 'not '}compiled")
+        print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if COMPILE else 'not '}compiled")
 
-        rows = max(1, round(TOTAL_BATCH / T))
-        micro, forwards = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, run.device)
+        rows, at_most = max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH
+        if run.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(run.device).total_memory
+            at_most = max(1, min(at_most, memory // (ROW_MIB << 20)))
+        micro, forwards = warm_up(loss_fn, model, optimizers, rows, at_most, COMPILE)
         print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
         batches = make_dataloader(tokenizer, micro, T, "train")

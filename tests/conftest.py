@@ -22,9 +22,14 @@ for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or 
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process started here compiles torch anew: 7 s
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
 os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost",
-                   OMP_NUM_THREADS="1")  # on a busy machine, threads that wait for each other crawl
+                   OMP_NUM_THREADS="1")  # the workers of pytest use the other cores
 
 import prepare  # noqa: E402
+
+
+def pytest_configure(config):
+    if config.getoption("-m") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # and no MPS
 
 
 def pytest_collection_modifyitems(items):
@@ -112,9 +117,9 @@ def begin(driver, words, repository, folder, env):
 
 
 def until(condition, what):
-    end = time.monotonic() + 40
+    end = time.monotonic() + 100
     while not condition():
-        assert time.monotonic() < end, f"waited 40 s for {what}"
+        assert time.monotonic() < end, f"waited 100 s for {what}"
         time.sleep(0.01)
 
 
