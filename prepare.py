@@ -269,6 +269,7 @@ ATTEMPTS = 3  # in a row without progress; each resumes the last
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
+LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
 GROUP = 1_024  # documents per list
 HELD_OUT = 0.02  # share of the text for validation, up to 0.1 to get HELD_OUT_BYTES
 HELD_OUT_BYTES = 100_000
@@ -438,8 +439,9 @@ def text_groups(files, held_out, limit=None):
         return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64) == held_out
 
     whole = len(files) >= 50
-    found = islice((text for path in files if not whole or chosen(path.read_bytes())
-                    for text in records(path) if text and (whole or chosen(text.encode()))), limit)
+    texts = (text[i : i + LONGEST] for path in files if not whole or chosen(path.read_bytes())
+             for text in records(path) if text for i in range(0, len(text), LONGEST))
+    found = islice((text for text in texts if whole or chosen(text.encode())), limit)
     while group := list(islice(found, GROUP)):
         yield group
 
@@ -566,8 +568,6 @@ class Tokenizer:
 
 # === 4. Token store: all documents in one flat file, each after a BOS ===
 
-LONG_RUN = re.compile(r"[^\W\d_]{20000}|\s{20000}")  # tiktoken takes quadratic time
-
 
 def write_store(tokenizer, groups, stem, workers, bar):
     """Tokenize lists of documents into stem.bin, uint16 [tokens], and stem.idx; returns (documents, tokens).
@@ -577,19 +577,12 @@ def write_store(tokenizer, groups, stem, workers, bar):
     """
     starts, group_starts, bos, bos_id = [0], [0], SPECIAL_TOKENS[0], tokenizer.get_bos_token_id()
 
-    def ids_of(text):
-        cuts = 20_000 if len(text) > 20_000 and LONG_RUN.search(text) else max(1, len(text))
-        pieces = [text[i : i + cuts] for i in range(0, len(text), cuts)]
-        ids = [tokenizer.enc.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        return np.concatenate([[bos_id], *ids])
-
     def encode(texts):
         joined = "".join(bos + text for text in texts)
-        # one call for all texts leaves Python to other threads
-        if joined.count(bos) == len(texts) and max(map(len, texts), default=0) <= 20_000:
+        if joined.count(bos) == len(texts):  # one call for all texts leaves Python to other threads
             ids = tokenizer.enc.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
         else:
-            ids = np.concatenate([*map(ids_of, texts)])
+            ids = np.concatenate([tokenizer.encode(text, prepend=bos) for text in texts])
         lengths = np.diff(np.flatnonzero(ids == bos_id), append=len(ids)).tolist()
         return ids.astype(np.uint16), lengths, sum(map(len, texts))
 

@@ -244,7 +244,8 @@ def test_odd_text_is_prepared(tmp_path):
     rng, folder = random.Random(6), tmp_path / "text"
     folder.mkdir()
     (folder / "enormous.txt").write_text("x" * 100_000)
-    (folder / "one word.jsonl").write_text(json.dumps(dict(text=" " * 300_000 + "y" * 300_000)) + "\n\n")
+    runs = " " * 1_200_000 + "y" * 300_000 + "=" * 400_000
+    (folder / "one word.jsonl").write_text(json.dumps(dict(text=runs)) + "\n\n")
     (folder / "one line.jsonl").write_text(json.dumps(dict(text=document(rng, 1_000_000).replace("\n", " "))) + "\n\n")
     (folder / "no utf8.txt").write_bytes(random.Random(7).randbytes(100_000))
     (folder / "empty.txt").touch()
