@@ -265,7 +265,8 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-ATTEMPTS = 3  # in a row without progress; each resumes the last
+ATTEMPTS = 5  # to download a file; each resumes the last
+VERIFIED = 1_000_000_000  # the modification time of a verified download, so that any later change shows
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
@@ -280,100 +281,73 @@ def hub_url(repo, name):
     return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
 
 
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
+def download(session, url, sha256, path, bar, count):
+    """Download `url`, one of `count` files, to `path`: resume, check size and sha256, rename.
 
-
-def fetch(session, url, part, bar, expect):
-    """Resume the file `part` by one GET, after expect(size). Returns (size, sha256), 0 or "" if unknown.
-
-    The hub's redirect has them as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub alone: requests
+    The hub's redirect has both as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub only: requests
     drops it at a redirect to another host.
     """
-    have, token = size_of(part), os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    if token and "/datasets/" in url:
-        headers["Authorization"] = f"Bearer {token}"
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status = response.status_code
-        page = "text/html" in response.headers.get("Content-Type", "")  # such as a login page
-        if status not in (200, 206, 416) or page:  # 416: nothing left to send
-            raise PrepareError(f"{url} answered {status}{' with a web page' * page}; "
-                               "check the network, HF_ENDPOINT and HF_TOKEN")
-        told = {k.lower(): v for hop in [response, *response.history] for k, v in hop.headers.items()}
-        length = status == 200 and response.headers.get("Content-Length")
-        total = told.get("content-range", "").rpartition("/")[2]
-        size = int(told.get("x-linked-size") or total or length or 0)
-        expect(size)
-        if status != 416:
-            with open(part, "ab" if status == 206 else "wb") as f:
-                for block in response.iter_content(1 << 16):
-                    f.write(block)
-                    bar.update(len(block))
-    return size, told.get("x-linked-etag", "").strip('W/"')
-
-
-def download(session, url, path, sha256, bar, expect):
-    """Fetch `url` into `path`: resume, check size and sha256, rename when whole."""
     import requests
 
-    part, problem, attempts = path.with_name(path.name + ".part"), "", 0
+    part, token, problem = path.with_name(path.name + ".part"), os.environ.get("HF_TOKEN", "").strip(), ""
     if path.exists():  # not verified: treat it as a part
         os.replace(path, part)
-    while attempts < ATTEMPTS:
-        had = size_of(part)
+    for _ in range(ATTEMPTS):
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Range": f"bytes={have}-" if have else None,
+                   "Authorization": f"Bearer {token}" if token and "/datasets/" in url else None}
         try:
-            size, told = fetch(session, url, part, bar, expect)
-            got, wanted = part.stat().st_size, sha256 or (told if len(told) == 64 else "")
-            if got == (size or got) and (not wanted or sha256_of(part) == wanted):
-                return os.replace(part, path)
-            problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
-            if got >= size:
-                part.unlink()
+            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                told = {k.lower(): v for hop in [*response.history, response] for k, v in hop.headers.items()}
+                status, page = response.status_code, "text/html" in told.get("content-type", "")
+                if status not in (200, 206, 416) or page:  # 416: nothing left to send
+                    raise PrepareError(f"{url} answered {status}{' with a web page' * page}; "
+                                       "check the network, HF_ENDPOINT and HF_TOKEN")
+                total = told.get("content-range", "").rpartition("/")[2] or told.get("content-length")
+                size = int(told.get("x-linked-size") or total or 0)
+                if not bar.total:  # the other files are about as large
+                    bar.total = size * count
+                    check_space(path.parent, bar.total)
+                if status != 416:
+                    with open(part, "ab" if status == 206 else "wb") as f:
+                        for block in response.iter_content(1 << 16):
+                            f.write(block)
+                            bar.update(len(block))
         except requests.exceptions.RequestException as error:  # after urllib3's own retries
             problem = f"{type(error).__name__}: {error}"
-        attempts = 0 if size_of(part) > had else attempts + 1
+            continue
+        got, wanted = part.stat().st_size, sha256 or told.get("x-linked-etag", "").strip('W/"')
+        if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
+            os.utime(part, (VERIFIED, VERIFIED))
+            return os.replace(part, path)
+        problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
+        if got >= size:
+            part.unlink()
     raise PrepareError(f"cannot download {url} ({problem}); run this again to resume. "
                        "Offline: uv run prepare.py --data python")
 
 
 def download_all(files, folder, workers):
-    """Download {name: (url, sha256 or None)} into `folder`; verified.json lists the verified files."""
+    """Download {name: (url, sha256 or None)} into `folder`, unless there and verified."""
     import requests
     from urllib3.util import Retry
 
-    retry = Retry(total=5, connect=1, backoff_factor=0.5, raise_on_status=False,
-                  status_forcelist=(408, 429, 500, 502, 503, 504))
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-
-    def stamp(name):
-        return (folder / name).exists() and (folder / name).stat().st_mtime_ns
-
+    for adapter in session.adapters.values():
+        adapter.max_retries = Retry(total=5, connect=1, backoff_factor=0.5, raise_on_status=False,
+                                    status_forcelist=(408, 429, 500, 502, 503, 504))
     folder.mkdir(parents=True, exist_ok=True)
-    record, verified, sizes = folder / "verified.json", {}, []
-    with contextlib.suppress(OSError, ValueError):
-        verified = dict(json.loads(record.read_text()))
-    missing = [name for name in files if stamp(name) != verified.get(name, "never")]
+    verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
+    missing = [name for name in files if name not in verified]
     print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
-    if not missing:
-        return
-
-    def expect(size):
-        sizes.append(size)
-        bar.total = sum(sizes) * len(missing) // len(sizes)  # extrapolated
-        if len(sizes) == 1:
-            check_space(folder, bar.total)
 
     def get(name):
-        download(session, files[name][0], folder / name, files[name][1], bar, expect)
+        download(session, *files[name], folder / name, bar, len(missing))
 
-    with progress_bar("download") as bar:
-        for name, _ in zip(missing, in_order(get, missing, workers), strict=True):
-            verified[name] = stamp(name)
-            write_text(record, json.dumps(verified))
+    if missing:
+        with progress_bar("download") as bar:
+            list(in_order(get, missing, workers))
 
 
 def shard(path):

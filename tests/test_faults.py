@@ -199,7 +199,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(cache):
 # Damage
 
 FILES = ["current", "manifest.json", "tokenizer.tiktoken", "train.bin", "train.idx", "val.bin", "val.idx",
-         "val_rows.bin", "shards/verified.json", "shards/shard_00000.parquet"]
+         "val_rows.bin", "shards/shard_00000.parquet"]
 
 
 @pytest.mark.parametrize("how", ["a bit flipped", "cut short", "missing"])
