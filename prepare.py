@@ -5,8 +5,7 @@ Prepare text, tokenizer, tokens and validation rows for train.py and referee.py.
     uv run prepare.py --data python    the Python source of this environment, offline
     uv run prepare.py --help           the other corpora and the options
 
-The data prepared last is current. Its manifest sets sequence length, vocabulary and validation rows.
-Each room uses only those above it: grep -n '^# ===' prepare.py
+train.py uses the data prepared last. Each room uses only those above it: grep -n '^# ===' prepare.py
 """
 
 import argparse
@@ -25,9 +24,9 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections import deque
+from collections import ChainMap, deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, count, islice, pairwise, repeat
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
 
 
 class PrepareError(SystemExit):
-    """A user's mistake or an outside failure. Uncaught, it ends the program with one line."""
+    """A user's mistake or an outside failure. It ends the program with one line."""
 
     def __init__(self, sentence):
         super().__init__(f"error: {sentence}")
@@ -93,7 +92,7 @@ def write_text(path, text):
 
 
 def append_line(path, line):
-    """Append `line` and sync. A newline goes first, as a kill may have left half a line."""
+    """Append `line` and sync; a newline first, as a kill may have left half a line."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(f"\n{line}\n")
         f.flush()
@@ -101,7 +100,7 @@ def append_line(path, line):
 
 
 def install(folder):
-    """Move a finished build from folder/ready to `folder`, manifest last; resumes after a kill."""
+    """Move a finished build from folder/ready to `folder`, manifest last. Again after a kill."""
     ready = folder / "ready"
     if ready.exists():
         for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
@@ -109,10 +108,10 @@ def install(folder):
         ready.rmdir()
 
 
-def lock_file(path, owner):
+def lock_file(path, owner, pauses=(0.1, 0.1, 0.1, 0)):
     """Lock the file `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    for pause in (0.1, 0.1, 0.1, 0):  # lock_holder() takes a lock for a moment
+    for pause in pauses:  # seconds; lock_holder() takes a lock for a moment
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
@@ -125,12 +124,9 @@ def lock_file(path, owner):
 def lock_holder(path):
     """The owner of the lock `path`, "" if it is free."""
     try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        pass
+        lock_file(path, "", pauses=[0]).close()
+    except BlockingIOError as owner:
+        return str(owner)
     return ""
 
 
@@ -154,19 +150,19 @@ def read_manifest(folder=None, thorough=False):
         if manifest.pop("digest") != digest(manifest):
             raise ValueError("its manifest was changed")
         for name, (size, sha256) in manifest["files"].items():
-            if (folder / name).stat().st_size != size or (thorough and sha256_of(folder / name) != sha256):
-                raise ValueError(f"{name} is not the {size:,} bytes prepared")
+            path = folder / name
+            if path.stat().st_size != size or (thorough and sha256_of(path) != sha256):
+                raise ValueError(f"{name} was changed")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py [--data NAME]") from None
     return manifest
 
 
 def current_folder():
-    root = cache_root()
-    pointer = root / "current"
+    pointer = cache_root() / "current"
     if not pointer.exists():
-        raise PrepareError(f"no prepared data in {root}; run: uv run prepare.py (on a CPU: --data python)")
-    return root / pointer.read_text(encoding="utf-8").strip()
+        raise PrepareError(f"no prepared data in {pointer.parent}; run: uv run prepare.py [--data python]")
+    return pointer.with_name(pointer.read_text(encoding="utf-8").strip())
 
 
 def __getattr__(name):
@@ -224,37 +220,12 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@contextlib.contextmanager
-def progress_bar(what, total=None):
-    """A progress bar in bytes on a terminal, then one line."""
-    begun = time.monotonic()
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        yield bar
-    seconds, size = time.monotonic() - begun, (bar.total or 0) / 1e6
-    print(f"{what + ':':<10} {size:,.1f} MB in {seconds:.1f} s, {size / seconds:.1f} MB/s", flush=True)
-
-
 def check_space(folder, size):
     """Raise PrepareError unless `folder` has `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room, "
-                           "or set AUTORESEARCH_CACHE to another disk")
-
-
-def in_order(function, items, workers):
-    """Yield function(item) in order; `workers` threads work up to two items each ahead."""
-    ahead = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; "
+                           "make room or set AUTORESEARCH_CACHE to another disk")
 
 
 # === 2. Corpus: documents for training and validation ===
@@ -281,30 +252,31 @@ def hub_url(repo, name):
     return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
 
 
-def download(session, url, sha256, path, bar, count):
+def download(url, sha256, path, bar, count):
     """Download `url`, one of `count` files, to `path`: resume, check size and sha256, rename.
 
-    The hub's redirect has both as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub only: requests
-    drops it at a redirect to another host.
+    The hub's redirect has both. HF_TOKEN goes to the hub only: requests drops it at a redirect.
     """
     import requests
 
-    part, token, problem = path.with_name(path.name + ".part"), os.environ.get("HF_TOKEN", "").strip(), ""
+    part, token = path.with_name(path.name + ".part"), os.environ.get("HF_TOKEN", "").strip()
     if path.exists():  # not verified: treat it as a part
         os.replace(path, part)
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
+        time.sleep(attempt)
         have = part.stat().st_size if part.exists() else 0
-        headers = {"Range": f"bytes={have}-" if have else None,
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None,
                    "Authorization": f"Bearer {token}" if token and "/datasets/" in url else None}
         try:
-            with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-                told = {k.lower(): v for hop in [*response.history, response] for k, v in hop.headers.items()}
-                status, page = response.status_code, "text/html" in told.get("content-type", "")
-                if status not in (200, 206, 416) or page:  # 416: nothing left to send
-                    raise PrepareError(f"{url} answered {status}{' with a web page' * page}; "
-                                       "check the network, HF_ENDPOINT and HF_TOKEN")
-                total = told.get("content-range", "").rpartition("/")[2] or told.get("content-length")
-                size = int(told.get("x-linked-size") or total or 0)
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                status, page = response.status_code, "text/html" in response.headers.get("Content-Type", "")
+                problem = f"it answered {status}{' with a web page' * page}"
+                if page or status in (401, 403, 404):
+                    break
+                if status not in (200, 206, 416):  # 416: nothing left to send
+                    continue
+                told = ChainMap(*(hop.headers for hop in [response, *response.history]))
+                size = int(told.get("X-Linked-Size", 0))
                 if not bar.total:  # the other files are about as large
                     bar.total = size * count
                     check_space(path.parent, bar.total)
@@ -313,41 +285,29 @@ def download(session, url, sha256, path, bar, count):
                         for block in response.iter_content(1 << 16):
                             f.write(block)
                             bar.update(len(block))
-        except requests.exceptions.RequestException as error:  # after urllib3's own retries
+        except requests.RequestException as error:
             problem = f"{type(error).__name__}: {error}"
             continue
-        got, wanted = part.stat().st_size, sha256 or told.get("x-linked-etag", "").strip('W/"')
+        got, wanted = part.stat().st_size, sha256 or told.get("X-Linked-ETag", "").strip('W/"')
         if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
             os.utime(part, (VERIFIED, VERIFIED))
             return os.replace(part, path)
         problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
         if got >= size:
             part.unlink()
-    raise PrepareError(f"cannot download {url} ({problem}); run this again to resume. "
-                       "Offline: uv run prepare.py --data python")
+    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN, "
+                       "and run this again to resume. Offline: uv run prepare.py --data python")
 
 
 def download_all(files, folder, workers):
     """Download {name: (url, sha256 or None)} into `folder`, unless there and verified."""
-    import requests
-    from urllib3.util import Retry
-
-    session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"
-    for adapter in session.adapters.values():
-        adapter.max_retries = Retry(total=5, connect=1, backoff_factor=0.5, raise_on_status=False,
-                                    status_forcelist=(408, 429, 500, 502, 503, 504))
     folder.mkdir(parents=True, exist_ok=True)
     verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
     missing = [name for name in files if name not in verified]
     print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
-
-    def get(name):
-        download(session, *files[name], folder / name, bar, len(missing))
-
-    if missing:
-        with progress_bar("download") as bar:
-            list(in_order(get, missing, workers))
+    with (tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar,
+          ThreadPoolExecutor(workers) as pool):
+        list(pool.map(lambda name: download(*files[name], folder / name, bar, len(missing)), missing))
 
 
 def shard(path):
@@ -356,19 +316,19 @@ def shard(path):
 
     try:
         file = pq.ParquetFile(path)
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        if "string" not in columns.get("text", ""):
+            raise ValueError(f"its columns are {columns}")
     except (OSError, ValueError) as error:
-        raise PrepareError(f"{path} is no parquet file ({error}); delete or replace it") from None
-    columns = {field.name: str(field.type) for field in file.schema_arrow}
-    if "string" not in columns.get("text", ""):
-        raise PrepareError(f"{path} has columns {columns}, none a string named text; rename the right one")
+        raise PrepareError(f"{path} is no parquet file with a text column ({error}); replace it") from None
     return file
 
 
 def row_groups(paths):
-    """The documents of parquet shards, one list per row group, without nulls."""
+    """The documents of parquet shards, one list per row group."""
     for file in map(shard, paths):
         for i in range(file.num_row_groups):
-            texts = file.read_row_group(i, ["text"]).column(0).to_pylist()
+            texts = file.read_row_group(i, ["text"])["text"].to_pylist()
             yield [text for text in texts if text is not None]
 
 
@@ -388,7 +348,7 @@ def records(path):
     """The documents of one file: rows of .parquet and .jsonl, pieces of other text."""
     if path.suffix == ".parquet":
         for batch in shard(path).iter_batches(GROUP, columns=["text"]):
-            yield from batch.column(0).to_pylist()
+            yield from batch["text"].to_pylist()
     elif path.suffix == ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as f:
             for number, line in enumerate(f, 1):
@@ -403,9 +363,9 @@ def records(path):
 
 
 def text_groups(files, held_out, limit=None):
-    """Lists of the documents of `files` in the validation or the training split.
+    """Lists of the documents of `files` in the validation or the training split, `limit` in all.
 
-    A digest picks whole files for validation, or documents if files are fewer than 50: copies stay together.
+    A digest of its text assigns each file, or of fewer than 50 files each document: copies stay together.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 
@@ -422,33 +382,31 @@ def text_groups(files, held_out, limit=None):
 
 def find_files(data):
     """The text files of `data` ('python': this environment's source), shuffled by relative path."""
+    tops, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
     if data == "python":
-        folders = {Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib", "platlib")}
+        tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
         endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
-    else:
-        folders, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
-    paths = [(path, path.relative_to(top))
-             for top in folders for path in ([top] if top.is_file() else top.rglob("*"))]
-    found = {path: str(below) for path, below in paths
-             if path.suffix in endings and path.is_file() and not others.intersection(below.parts)}
+    found = {path: digest(str(path.relative_to(top))) for top in tops for path in (top, *top.rglob("*"))
+             if path.suffix in endings and path.is_file()
+             and not others.intersection(path.relative_to(top).parts)}
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
-    return sorted(found, key=lambda path: (digest(found[path]), path))
+    return sorted(found, key=lambda path: (found[path], path))
 
 
 def text_size(path):
     """Approximate bytes of text in a file."""
-    if path.suffix != ".parquet":
-        return path.stat().st_size
-    footer = shard(path).metadata
-    return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    if path.suffix == ".parquet":
+        footer = shard(path).metadata
+        return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    return path.stat().st_size
 
 
 def gather(data, shards, num_shards, workers):
     """Download or find `data`. Returns (train, val, files); train() and val() yield lists of documents."""
     wanted, limit = {}, None
     if data == "climbmix":
-        for i in [*range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD]:
+        for i in *range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD:
             name = f"shard_{i:05d}.parquet"
             wanted[name] = hub_url("karpathy/climbmix-400b-shuffle", name), None
     elif data == "tinystories":
@@ -471,7 +429,7 @@ TRAIN_DOC_CHARS = 10_000  # and on this much of a document
 
 
 class Tokenizer:
-    """Byte-pair encoding; `ranks` maps a token's bytes to its id. The four special tokens follow.
+    """Byte-pair encoding. `ranks` maps a token's bytes to its id; the special tokens follow.
 
     >>> tokenizer = Tokenizer.from_directory()
     >>> tokenizer.decode(tokenizer.encode("hello", prepend="<|reserved_0|>"))
@@ -485,17 +443,14 @@ class Tokenizer:
                                      special_tokens=specials)
 
     @classmethod
-    def train(cls, groups, vocab_size, bar):
-        """Train on lists of documents. `vocab_size` includes specials; 256 means bytes plus specials."""
-        if vocab_size == 256:
-            return cls({bytes([i]): i for i in range(256)})
+    def train(cls, groups, vocab_size):
+        """Train on lists of documents; `vocab_size` includes the special tokens."""
         import rustbpe
 
         def capped():
             seen = 0
             for text in (text[:TRAIN_DOC_CHARS] for texts in groups for text in texts):
                 yield text
-                bar.update(len(text))
                 seen += len(text)
                 if seen >= TRAIN_CHARS:
                     return
@@ -509,13 +464,13 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory):
-        """Write tokenizer.tiktoken: per line a token's bytes in base64 and its rank."""
+        """Write tokenizer.tiktoken: lines of a token's bytes in base64 and its rank."""
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
         (Path(directory) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
     @classmethod
     def from_directory(cls, directory=None):
-        """Read the tokenizer in `directory`, by default that of the current data."""
+        """Read the tokenizer of `directory` (default: of the current data)."""
         lines = (Path(directory or current_folder()) / "tokenizer.tiktoken").read_bytes().splitlines()
         return cls({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
 
@@ -543,35 +498,26 @@ class Tokenizer:
 # === 4. Token store: all documents in one flat file, each after a BOS ===
 
 
-def write_store(tokenizer, groups, stem, workers, bar):
-    """Tokenize lists of documents into stem.bin, uint16 [tokens], and stem.idx; returns (documents, tokens).
+def write_store(tokenizer, groups, stem):
+    """Tokenize `groups`, lists of documents, into two files; returns (documents, tokens).
 
-    stem.idx is int64: the number of documents n, their starts in stem.bin and the last one's end [n + 1], the
-    boundaries of the groups, in documents [groups + 1]. A few groups are in memory at a time.
+    stem.bin has the tokens, uint16. stem.idx, int64, has the number n of documents, their starts and the end
+    [n + 1], the starts of the groups and their end [groups + 1].
     """
-    starts, group_starts, bos, bos_id = [0], [0], SPECIAL_TOKENS[0], tokenizer.get_bos_token_id()
-
-    def encode(texts):
-        joined = "".join(bos + text for text in texts)
-        if joined.count(bos) == len(texts):  # one call for all texts leaves Python to other threads
-            ids = tokenizer.enc.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
-        else:
-            ids = np.concatenate([tokenizer.encode(text, prepend=bos) for text in texts])
-        lengths = np.diff(np.flatnonzero(ids == bos_id), append=len(ids)).tolist()
-        return ids.astype(np.uint16), lengths, sum(map(len, texts))
-
+    starts, group_starts, bos = [0], [0], tokenizer.get_bos_token_id()
     with open(stem.with_suffix(".bin"), "wb") as f:
-        for tokens, lengths, characters in in_order(encode, groups, workers):
-            tokens.tofile(f)
-            starts.extend(accumulate(lengths, initial=starts.pop()))
+        for texts in groups:
+            documents = tokenizer.encode(texts, prepend=bos, num_threads=os.cpu_count())
+            for ids in documents:
+                np.array(ids, dtype=np.uint16).tofile(f)
+            starts.extend(accumulate(map(len, documents), initial=starts.pop()))
             group_starts.append(len(starts) - 1)
-            bar.update(characters)
     np.array([len(starts) - 1, *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
     return len(starts) - 1, starts[-1]
 
 
 class TokenStore:
-    """What write_store() wrote, memory-mapped: uint16 tokens, int64 starts of documents, groups."""
+    """What write_store() wrote, its tokens memory-mapped."""
 
     def __init__(self, stem):
         index = np.fromfile(stem.with_suffix(".idx"), dtype=np.int64)
@@ -579,7 +525,7 @@ class TokenStore:
         self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), dtype=np.uint16, mode="r"))
 
     def batches(self, size=128):
-        """One epoch of documents as lists (starts, stops), up to `size` of one group at a time."""
+        """One epoch of documents as (starts, stops), up to `size` of one group at a time."""
         for first, last in pairwise(self.groups):
             for i in range(first, last, size):
                 edges = self.starts[i : min(i + size, last) + 1].tolist()
@@ -596,37 +542,37 @@ BUFFER_DOCS = 1_000  # waiting documents to choose from
 
 
 def pack_rows(batches, capacity):
-    """Yield rows of exactly `capacity` tokens, each a list of (start, stop) into the flat tokens.
+    """Yield rows of `capacity` tokens, each a list of (start, stop), from batches of (starts, stops).
 
-    A gap gets the longest waiting document that fits, the first come of equals. If none fits, the shortest
-    is cropped to the gap and its rest dropped. Stops when `batches` ends, before a row it cannot fill.
+    A gap gets the longest waiting document that fits, the first of equals. If none fits, the shortest is
+    cropped. Ends before a row that it cannot fill.
 
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
     [[(0, 4), (4, 5)]]
     """
-    waiting, arrival, batches = [], count(), iter(batches)  # waiting: sorted (length, arrival, start)
+    def longest_first(document):
+        return document[0] - document[1]
+
+    waiting, batches = [], iter(batches)
     while True:
         row, gap = [], capacity
         while gap:
             while len(waiting) < BUFFER_DOCS and (batch := next(batches, None)):
-                waiting += [(stop - start, next(arrival), start) for start, stop in zip(*batch, strict=True)]
-                waiting.sort()
+                waiting += zip(*batch, strict=True)
+                waiting.sort(key=longest_first)  # a stable sort
             if not waiting:
                 return
-            at = max(0, bisect.bisect_left(waiting, (gap + 1,)) - 1)
-            at = bisect.bisect_left(waiting, (waiting[at][0],))
-            length, _, start = waiting.pop(at)
-            length = min(length, gap)
-            row.append((start, start + length))
-            gap -= length
+            shortest = longest_first(waiting[-1])
+            start, stop = waiting.pop(bisect.bisect_left(waiting, min(-gap, shortest), key=longest_first))
+            row.append((start, min(stop, start + gap)))
+            gap -= min(stop - start, gap)
         yield row
 
 
 def make_dataloader(tokenizer, B, T, split, device=None):
     """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS.
 
-    A thread packs two batches ahead, each in its own host buffer. On CUDA the buffer is pinned and copied
-    asynchronously: torch reuses a pinned buffer only after its copies have ended.
+    A thread packs two batches ahead, each in a new buffer: torch reuses a pinned one only once copied.
     """
     if split not in ("train", "val") or min(B, T) < 1:
         raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
@@ -641,17 +587,21 @@ def make_dataloader(tokenizer, B, T, split, device=None):
             epoch += 1
             yield from store.batches()
 
-    def next_batch(rows):
+    def next_batch():
         tokens = store.rows(list(islice(rows, B)), T + 1)
         batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
-        batch.numpy()[0], batch.numpy()[1] = tokens[:, :-1], tokens[:, 1:]
+        batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
         return batch, epoch
 
     def read():
-        for batch, of_epoch in in_order(next_batch, repeat(pack_rows(epochs(), T + 1)), workers=1):
-            inputs, targets = batch.to(device, non_blocking=True)
-            yield inputs, targets, of_epoch
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque(pool.submit(next_batch) for _ in range(2))
+            while True:
+                ahead.append(pool.submit(next_batch))
+                batch, of_epoch = ahead.popleft().result()
+                yield *batch.to(device, non_blocking=True), of_epoch
 
+    rows = pack_rows(epochs(), T + 1)
     return read()
 
 
@@ -669,13 +619,11 @@ class Refused(Exception):
 
 def bytes_of_tokens(tokenizer):
     """UTF-8 bytes of each token, 0 for specials: int64 [vocab_size]."""
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    lengths[list(tokenizer.ranks.values())] = [len(token) for token in tokenizer.ranks]
-    return lengths
+    return np.array([*map(len, sorted(tokenizer.ranks, key=tokenizer.ranks.get)), *[0] * len(SPECIAL_TOKENS)])
 
 
 def validation_rows():
-    """The fixed rows to score, int64 [rows, T + 1]; raises Refused if the file was changed."""
+    """The rows to score, int64 [rows, T + 1]; raises Refused if the file was changed."""
     import torch
 
     path, manifest = current_folder() / "val_rows.bin", read_manifest()
@@ -688,21 +636,20 @@ def validation_rows():
 def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     """Bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]. Lower is better.
 
-    The metric: the cost in bits of the targets of the validation rows, over their UTF-8 bytes. Special
-    tokens count in neither. The loss is computed here, from the logits, in fp32, and summed in fp64. Each row
-    is read once, in batches of at most EVAL_ROWS, halved when out of memory.
-    `inspect(cost, inputs, targets)` may add checks, as an Inspector does; it returns cost(inputs, targets).
-    `tokenizer` is ignored, since it could be changed: the prepared one counts. Raises Refused.
+    The metric: the cross-entropy of the targets of the validation rows, in bits, over their UTF-8 bytes.
+    Special tokens count in neither. It is computed in fp32, in batches that halve when out of memory.
+    `inspect(cost, inputs, targets)`, such as an Inspector, adds checks and returns cost(inputs, targets).
+    `tokenizer` is ignored, as the model could change it. Raises Refused.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     def cost(inputs, targets):
         logits = model(inputs.clone())  # the model may write to them
-        if type(logits) is not torch.Tensor or logits.shape != (*inputs.shape, len(token_bytes)):
-            shape = [*getattr(logits, "shape", "")]
-            raise Refused(f"the model returned {type(logits).__name__} {shape} for inputs {[*inputs.shape]}; "
-                          f"return a tensor with {len(token_bytes)} logits per token")
+        shape = *inputs.shape, len(token_bytes)
+        if type(logits) is not torch.Tensor or logits.shape != shape:
+            raise Refused(f"the model returned {type(logits).__name__} {[*getattr(logits, 'shape', '')]}; "
+                          f"return a tensor of logits {[*shape]}")
         with torch.autocast(device.type, enabled=False):
             logits = logits.detach().float()
             if not torch.isfinite(logits).all():
@@ -712,12 +659,11 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     evaluated.append(type(model))
     rows, token_bytes = validation_rows(), torch.from_numpy(bytes_of_tokens(Tokenizer.from_directory()))
     device = next((p.device for p in model.parameters()), default_device())
-    batch = min(int(batch_size), EVAL_ROWS)
-    training, nats, size, at = model.training, 0.0, 0, 0
+    batch, training, nats, size, at = min(batch_size, EVAL_ROWS), model.training, 0.0, 0, 0
     model.eval()
     with torch.no_grad():
         while at < len(rows):
-            ids = rows[at : at + max(1, batch)]
+            ids = rows[at : at + batch]
             inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
             try:
                 costs = inspect(cost, inputs, targets) if inspect else cost(inputs, targets)
@@ -745,22 +691,21 @@ class Inspector:
         chosen = self.first is None or self.random.random() < PROBED
         nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
         self.first = self.first or (inputs, targets, nats)
-        if self.scored + len(inputs) == len(self.rows):
+        self.scored += len(inputs)
+        if self.scored == len(self.rows):
             for _ in range(REPEATS):  # a model that remembers later rows shows it here
                 self.probe(cost, *self.first)
             edges = torch.cat(self.edges)
-            gain, change = float(edges.mean()), float(edges.abs().mean())
-            if gain > MEAN_GAIN or change > MEAN_CHANGE:
+            change = float(edges.abs().mean())
+            if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
                 raise Refused("the model sees the future or other rows: other tokens there change what a "
                               f"target costs by {change:.2g} nats")
-        self.scored += len(inputs)
         return nats
 
     def probe(self, cost, inputs, targets, nats=None):
         """Raise Refused if tokens that the model must not see change the cost of a target.
 
-        Each row keeps a prefix; another row replaces the rest. One prefix is the whole row: other rows must
-        not matter. Unless `nats` is known, the mixed rows come before the true ones.
+        Each row keeps a prefix, one of them all, and gets the rest of another row. Mixed rows come first.
         """
         import torch
 
@@ -774,17 +719,17 @@ class Inspector:
         nats = cost(inputs, targets) if nats is None else nats
         change = (mixed - nats) * seen
         self.edges.append(change.gather(1, kept - 1))  # where leaks show most
-        if not float(change.abs().max()) <= ONE_CHANGE:  # nan is refused, too
-            row, at = divmod(int(change.abs().argmax()), T)
-            others[row] = inputs[row]
-            again, beside = (cost(idx, targets) - nats for idx in (inputs, others))
-            if float(again.abs().max()) > ONE_CHANGE:
-                raise Refused("two forwards of an input differ: logits must not be random or remember it")
-            if float(beside[row].abs().max()) > ONE_CHANGE:
-                raise Refused("the logits of a row depend on the other rows, or on earlier ones")
-            raise Refused(f"the model sees the future: tokens from {lengths[row]} on change what target {at} "
-                          f"costs by {float(change[row, at]):.2g} nats")
-        return nats
+        if float(change.abs().max()) <= ONE_CHANGE:
+            return nats
+        row, at = divmod(int(change.abs().argmax()), T)
+        others[row] = inputs[row]
+        again, beside = (cost(idx, targets) - nats for idx in (inputs, others))
+        if float(again.abs().max()) > ONE_CHANGE:
+            raise Refused("two forwards of an input differ: logits must not be random or remember it")
+        if float(beside[row].abs().max()) > ONE_CHANGE:
+            raise Refused("the logits of a row depend on the other rows, or on earlier ones")
+        raise Refused(f"the model sees the future: tokens from {lengths[row]} on change what target {at} "
+                      f"costs by {float(change[row, at]):.2g} nats")
 
 
 # === 7. main: prepare one corpus and make it current ===
@@ -792,11 +737,10 @@ class Inspector:
 
 def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
     """Gather the corpus `data`, build its tokenizer and tokens if needed, and make it current."""
-    settings, name = SCALES[scale], data
-    num_shards, vocab_size = num_shards or settings["num_shards"], vocab_size or settings["vocab_size"]
+    settings, name, path = SCALES[scale], data, Path(data).expanduser().absolute()
+    num_shards = num_shards or settings["num_shards"]
     if data not in CORPORA:
-        path = Path(data).expanduser().absolute()
-        name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+        name = f"{path.stem}-{digest(str(path))[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", os.getpid()):
@@ -804,64 +748,57 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
         stamp = num_shards  # of python too: new packages must not change its rows
         if data not in CORPORA:
             stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
-        spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"],
-                    vocab_size=max(260, vocab_size), text=digest(stamp))
-        size = sum(map(text_size, files))
+        spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], text=digest(stamp),
+                    vocab_size=max(260, vocab_size or settings["vocab_size"]))  # 256 bytes, 4 specials
+        size, manifest = sum(map(text_size, files)), {}
         print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
-        manifest = {}
         with contextlib.suppress(PrepareError):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
-            manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
+            build(folder, spec, settings["val_rows"], train, val, size)
+            manifest = read_manifest(folder)
         write_text(cache_root() / "current", folder.name + "\n")
-    print(f"tokens:    {manifest['train_tokens']:,} in {manifest['train_docs']:,} documents to train on, "
-          f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, "
-          f"vocabulary {manifest['vocab_size']:,}")
-    print(f"ready:     {folder} ({2 * manifest['train_tokens'] / 1e6:,.0f} MB)\nnext:      uv run train.py")
+    print("tokens:    {train_tokens:,} in {train_docs:,} documents to train on, {val_rows:,} rows of {seq_len} "
+          "to validate; vocabulary {vocab_size:,}".format(**manifest))
+    print(f"ready:     {folder}\nnext:      uv run train.py")
 
 
-def build(folder, spec, vocab_size, val_rows, train, val, size):
-    """Build the files beside the old ones, install them when complete, return the manifest."""
-    building = folder / "building"
+def build(folder, spec, val_rows, train, val, size):
+    """Build the files beside the old ones in folder/ready, from where read_manifest() installs them."""
+    building, vocab_size, seq_len = folder / "building", spec["vocab_size"], spec["seq_len"]
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    check_space(folder, size * (2 if vocab_size == 256 else 1))  # a token takes 2 bytes
-    with progress_bar("tokenizer", min(size, TRAIN_CHARS)) as bar:
-        tokenizer = Tokenizer.train(train(), vocab_size, bar)
+    check_space(folder, size * (2 if vocab_size == 260 else 1))  # a token takes 2 bytes
+    print(f"tokenizer: training on {min(size, TRAIN_CHARS) / 1e6:,.0f} MB", flush=True)
+    tokenizer = Tokenizer.train(train(), vocab_size)
     tokenizer.save(building)
-    with progress_bar("tokenize", size) as bar:
-        docs, tokens = write_store(tokenizer, train(), building / "train", os.cpu_count(), bar)
-        val_docs, val_tokens = write_store(tokenizer, val(), building / "val", os.cpu_count(), bar)
-    if not docs or val_tokens <= spec["seq_len"]:
-        raise PrepareError(f"{docs} documents to train on and {val_docs} to validate ({val_tokens} tokens) "
-                           "are too few; give more text, 100 KB or so")
-    store, capacity = TokenStore(building / "val"), spec["seq_len"] + 1
-    rows = list(islice(pack_rows(store.batches(), capacity), val_rows))
-    store.rows(rows, capacity).tofile(building / "val_rows.bin")
+    print(f"tokenize:  {size / 1e6:,.0f} MB", flush=True)
+    docs, tokens = write_store(tokenizer, train(), building / "train")
+    _, val_tokens = write_store(tokenizer, val(), building / "val")
+    if not docs or val_tokens <= seq_len:
+        raise PrepareError(f"{docs} documents to train on and {val_tokens} tokens to validate are too few; "
+                           "give more text, 100 KB or so")
+    store = TokenStore(building / "val")
+    rows = list(islice(pack_rows(store.batches(), seq_len + 1), val_rows))
+    store.rows(rows, seq_len + 1).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
-    text = json.dumps(dict(manifest, digest=digest(manifest)), indent=1)
-    write_text(building / "manifest.json", text + "\n")
+    write_text(building / "manifest.json", json.dumps(dict(manifest, digest=digest(manifest)), indent=1))
     os.replace(building, folder / "ready")
-    install(folder)
-    return manifest
 
 
 def main():
     sys.stdout = Output(sys.stdout)
-    parser = argparse.ArgumentParser(
-        description="Prepare a corpus for train.py: text, tokenizer, tokens. Once.")
+    parser = argparse.ArgumentParser(description="Prepare a corpus for train.py, once.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see: uv run prepare.py --help\n")
     option = parser.add_argument
     option("--data", default="climbmix", metavar="NAME|PATH",
-           help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix; "
-           "python is the source in this environment and needs no network)")
+           help=f"{', '.join(CORPORA)} (source in this environment, offline), or a file or folder of "
+           f"{' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix and tinystories, about 250 MB of text each; -1 for all "
-           "(default: 10, at small scale 1)")
+           help="of climbmix or tinystories, 250 MB of text each; -1 for all (default: by scale, 10 or 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with the 4 special tokens; 256 for the bytes beside them "
-           "(default: 8192, at small scale 2048)")
+           help="with 4 special tokens; 256 for these and the bytes (default: by scale, 8192 or 2048)")
     driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
     cuda = driver and default_device().type == "cuda"  # without a driver, skip the slow import of torch
     option("--scale", choices=SCALES, default="full" if cuda else "small",
@@ -869,21 +806,21 @@ def main():
            "(default: full where there is CUDA)")
     option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
-    for name, low, high, other in (("num_shards", 1, LAST_SHARD, -1), ("vocab_size", 260, 2**16, 256),
-                                   ("download_workers", 1, 64, 8)):
-        value = getattr(args, name)
+    for name, low, high, other in (("num-shards", 1, LAST_SHARD, -1), ("vocab-size", 260, 2**16, 256),
+                                   ("download-workers", 1, 64, 8)):
+        value = getattr(args, name.replace("-", "_"))
         if value not in (None, other) and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value} is not from {low} to {high}, nor {other}")
+            parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
         parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder")
     try:
         prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same in {cache_root()}; wait for it, or stop it")
+        sys.exit(f"error: process {holder} prepares the same; wait for it, or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:
-        sys.exit(f"error: {error}; fix that, or set AUTORESEARCH_CACHE to a writable folder with room")
+        sys.exit(f"error: {error}; fix that, or set AUTORESEARCH_CACHE to another folder")
 
 
 if __name__ == "__main__":

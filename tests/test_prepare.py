@@ -17,11 +17,8 @@ import torch
 from conftest import document, start
 from hub import write_shard
 from torch import nn
-from tqdm import tqdm
 
 import prepare
-
-QUIET = tqdm(disable=True)
 
 
 def tokenizer_of(ranks):
@@ -118,13 +115,6 @@ def test_a_preparation_killed_at_any_rename_leaves_the_old_state_or_the_new(toy,
         assert prepare.current_folder() == folder and again(folder.parent) == new
         kills += 1
     assert old != new and kills > 5 and all(found in (old, new) for found in seen) and old in seen and new in seen
-
-
-def test_in_order_keeps_order_and_hands_on_errors():
-    assert list(prepare.in_order(lambda i: time.sleep(random.random() / 500) or i, range(100), 4)) == list(range(100))
-    for wrong in range(10):
-        with pytest.raises(ZeroDivisionError):
-            list(prepare.in_order(lambda i, wrong=wrong: 1 / (i - wrong), range(10), 2))
 
 
 # ======================================================================================================================
@@ -437,7 +427,7 @@ def live(tokenizer, texts):
 def test_the_store_holds_what_live_encoding_gives_in_its_groups(in_climbmix, tmp_path):
     rng = random.Random(6)
     groups = [TEXTS, [document(rng, rng.randrange(3_000)) for _ in range(300)], [""], [document(rng, 500)] * 129]
-    docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split", 3, QUIET)
+    docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split")
     store = prepare.TokenStore(tmp_path / "split")
     found = [[store.tokens[a:b].tolist() for a, b in zip(*batch, strict=True)] for batch in store.batches()]
     expected = [live(in_climbmix, texts[at : at + 128]) for texts in groups for at in range(0, len(texts), 128)]
