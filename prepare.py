@@ -24,7 +24,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections import ChainMap, deque
+from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -221,11 +221,9 @@ def peak_memory():
 
 
 def check_space(folder, size):
-    """Raise PrepareError unless `folder` has `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; "
-                           "make room or set AUTORESEARCH_CACHE to another disk")
+        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room")
 
 
 # === 2. Corpus: documents for training and validation ===
@@ -333,7 +331,7 @@ def row_groups(paths):
 
 
 def cut(text):
-    """Documents of CUT_FROM to CUT_AT characters, cut before unindented lines if possible."""
+    """Documents of CUT_FROM to CUT_AT characters, cut before unindented lines where possible."""
     documents = [""]
     for block in re.split(r"(?<=\n\n)(?=\S)", text):
         for i in range(0, len(block), CUT_AT):
@@ -509,7 +507,7 @@ def write_store(tokenizer, groups, stem):
         for texts in groups:
             documents = tokenizer.encode(texts, prepend=bos, num_threads=os.cpu_count())
             for ids in documents:
-                np.array(ids, dtype=np.uint16).tofile(f)
+                f.write(np.array(ids, dtype=np.uint16))
             starts.extend(accumulate(map(len, documents), initial=starts.pop()))
             group_starts.append(len(starts) - 1)
     np.array([len(starts) - 1, *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
@@ -572,7 +570,7 @@ def pack_rows(batches, capacity):
 def make_dataloader(tokenizer, B, T, split, device=None):
     """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS.
 
-    A thread packs two batches ahead, each in a new buffer: torch reuses a pinned one only once copied.
+    Each batch has a new host buffer: torch reuses a pinned one only after its copies have ended.
     """
     if split not in ("train", "val") or min(B, T) < 1:
         raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
@@ -587,21 +585,14 @@ def make_dataloader(tokenizer, B, T, split, device=None):
             epoch += 1
             yield from store.batches()
 
-    def next_batch():
-        tokens = store.rows(list(islice(rows, B)), T + 1)
-        batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
-        batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
-        return batch, epoch
-
     def read():
-        with ThreadPoolExecutor(1) as pool:
-            ahead = deque(pool.submit(next_batch) for _ in range(2))
-            while True:
-                ahead.append(pool.submit(next_batch))
-                batch, of_epoch = ahead.popleft().result()
-                yield *batch.to(device, non_blocking=True), of_epoch
+        rows = pack_rows(epochs(), T + 1)
+        while True:
+            tokens = store.rows(list(islice(rows, B)), T + 1)
+            batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
+            batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
+            yield *batch.to(device, non_blocking=True), epoch
 
-    rows = pack_rows(epochs(), T + 1)
     return read()
 
 
@@ -623,7 +614,7 @@ def bytes_of_tokens(tokenizer):
 
 
 def validation_rows():
-    """The rows to score, int64 [rows, T + 1]; raises Refused if the file was changed."""
+    """The rows to score, int64 [rows, T + 1]. Raises Refused if the file was changed."""
     import torch
 
     path, manifest = current_folder() / "val_rows.bin", read_manifest()
@@ -758,8 +749,8 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
             build(folder, spec, settings["val_rows"], train, val, size)
             manifest = read_manifest(folder)
         write_text(cache_root() / "current", folder.name + "\n")
-    print("tokens:    {train_tokens:,} in {train_docs:,} documents to train on, {val_rows:,} rows of {seq_len} "
-          "to validate; vocabulary {vocab_size:,}".format(**manifest))
+    print("tokens:    {train_tokens:,} in {train_docs:,} documents to train on, {val_rows:,} rows of "
+          "{seq_len} to validate; vocabulary {vocab_size:,}".format(**manifest))
     print(f"ready:     {folder}\nnext:      uv run train.py")
 
 
@@ -793,12 +784,11 @@ def main():
     parser.error = lambda message: parser.exit(2, f"error: {message}; see: uv run prepare.py --help\n")
     option = parser.add_argument
     option("--data", default="climbmix", metavar="NAME|PATH",
-           help=f"{', '.join(CORPORA)} (source in this environment, offline), or a file or folder of "
-           f"{' '.join(ENDINGS)} (default: climbmix)")
+           help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix or tinystories, 250 MB of text each; -1 for all (default: by scale, 10 or 1)")
+           help="of climbmix or tinystories, 250 MB of text each; -1 for all (default: 10 or, small, 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with 4 special tokens; 256 for these and the bytes (default: by scale, 8192 or 2048)")
+           help="with 4 special tokens; 256 for bytes only (default: 8192 or, small, 2048)")
     driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
     cuda = driver and default_device().type == "cuda"  # without a driver, skip the slow import of torch
     option("--scale", choices=SCALES, default="full" if cuda else "small",

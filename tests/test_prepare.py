@@ -6,7 +6,6 @@ import math
 import os
 import random
 import sys
-import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -499,7 +498,7 @@ def test_a_batch_is_int64_shifted_by_one_and_led_by_bos(toy):
     loader.close()
 
 
-def test_a_batch_stays_as_it_is_while_the_thread_packs_ahead(toy):
+def test_a_batch_stays_as_it_is_when_the_next_is_packed(toy):
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
     store = prepare.TokenStore(toy / "train")
     rows = prepare.pack_rows((batch for _ in range(10) for batch in store.batches()), 65)
@@ -510,7 +509,7 @@ def test_a_batch_stays_as_it_is_while_the_thread_packs_ahead(toy):
     loader.close()
 
 
-def test_an_error_in_the_feeding_thread_reaches_the_reader(toy, monkeypatch):
+def test_an_error_in_packing_reaches_the_reader(toy, monkeypatch):
     def breaking(*args):
         yield from islice(packed(*args), 8)
         raise OSError("disk gone")
@@ -521,18 +520,6 @@ def test_an_error_in_the_feeding_thread_reaches_the_reader(toy, monkeypatch):
     assert len(list(islice(loader, 2))) == 2
     with pytest.raises(OSError, match="disk gone"):
         next(loader)
-
-
-def test_closing_the_loader_ends_its_thread(toy):
-    before = set(threading.enumerate())
-    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
-    next(loader)
-    assert set(threading.enumerate()) - before
-    loader.close()
-    deadline = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not left
 
 
 @pytest.mark.parametrize("B, T, split", [(0, 8, "train"), (8, 0, "train"), (8, 8, "test")])
