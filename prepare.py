@@ -26,7 +26,7 @@ import sysconfig
 import time
 from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, islice, pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -78,17 +78,14 @@ def cache_root():
     try:
         return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
     except RuntimeError:
-        raise PrepareError("no home folder; set AUTORESEARCH_CACHE to a folder for the data") from None
+        raise PrepareError("no home folder; set AUTORESEARCH_CACHE to a folder") from None
 
 
 def write_text(path, text):
     """Replace a text file; a kill leaves the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def append_line(path, line):
@@ -97,15 +94,6 @@ def append_line(path, line):
         f.write(f"\n{line}\n")
         f.flush()
         os.fsync(f.fileno())
-
-
-def install(folder):
-    """Move a finished build from folder/ready to `folder`, manifest last. Again after a kill."""
-    ready = folder / "ready"
-    if ready.exists():
-        for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
-            os.replace(path, folder / path.name)
-        ready.rmdir()
 
 
 def lock_file(path, owner, pauses=(0.1, 0.1, 0.1, 0)):
@@ -142,8 +130,12 @@ def digest(value):
 def read_manifest(folder=None, thorough=False):
     """The manifest of `folder` (default: current). PrepareError on a wrong size or, `thorough`, sha256."""
     folder = folder or current_folder()
+    ready = folder / "ready"  # a finished build, the manifest moves last
     try:
-        install(folder)
+        if ready.exists():
+            for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
+                os.replace(path, folder / path.name)
+            ready.rmdir()
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, not {FORMAT}")
@@ -229,20 +221,20 @@ def check_space(folder, size):
 # === 2. Corpus: documents for training and validation ===
 
 LAST_SHARD = 6542  # of ClimbMix, always for validation
+SHARD_SIZE = 10**8  # bytes, about
 STORIES = 300_000  # of tinystories per shard: about 250 MB of text, like ClimbMix
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-ATTEMPTS = 5  # to download a file; each resumes the last
-VERIFIED = 1_000_000_000  # the modification time of a verified download, so that any later change shows
+ATTEMPTS = 5  # each resumes the last
+VERIFIED = 10**9  # the modification time of a verified download, so that a later change shows
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
 LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
 GROUP = 1_024  # documents per list
-HELD_OUT = 0.02  # share of the text for validation, up to 0.1 to get HELD_OUT_BYTES
-HELD_OUT_BYTES = 100_000
+HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # for validation: the share, up to 0.1 to get so many bytes
 
 
 def hub_url(repo, name):
@@ -250,10 +242,10 @@ def hub_url(repo, name):
     return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
 
 
-def download(url, sha256, path, bar, count):
-    """Download `url`, one of `count` files, to `path`: resume, check size and sha256, rename.
+def download(url, sha256, path, bar):
+    """Download `url` to `path`: resume, check size and sha256, rename.
 
-    The hub's redirect has both. HF_TOKEN goes to the hub only: requests drops it at a redirect.
+    The hub's redirect has both. HF_TOKEN goes to the hub only: requests drops it for another host.
     """
     import requests
 
@@ -268,16 +260,13 @@ def download(url, sha256, path, bar, count):
         try:
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
                 status, page = response.status_code, "text/html" in response.headers.get("Content-Type", "")
-                problem = f"it answered {status}{' with a web page' * page}"
+                problem = f"status {status}{', a web page' * page}"
                 if page or status in (401, 403, 404):
                     break
                 if status not in (200, 206, 416):  # 416: nothing left to send
                     continue
                 told = ChainMap(*(hop.headers for hop in [response, *response.history]))
                 size = int(told.get("X-Linked-Size", 0))
-                if not bar.total:  # the other files are about as large
-                    bar.total = size * count
-                    check_space(path.parent, bar.total)
                 if status != 416:
                     with open(part, "ab" if status == 206 else "wb") as f:
                         for block in response.iter_content(1 << 16):
@@ -286,7 +275,7 @@ def download(url, sha256, path, bar, count):
         except requests.RequestException as error:
             problem = f"{type(error).__name__}: {error}"
             continue
-        got, wanted = part.stat().st_size, sha256 or told.get("X-Linked-ETag", "").strip('W/"')
+        got, wanted = part.stat().st_size, sha256 or told.get("X-Linked-ETag", "").strip('"')
         if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
             os.utime(part, (VERIFIED, VERIFIED))
             return os.replace(part, path)
@@ -298,14 +287,14 @@ def download(url, sha256, path, bar, count):
 
 
 def download_all(files, folder, workers):
-    """Download {name: (url, sha256 or None)} into `folder`, unless there and verified."""
+    """Download {name: (url, sha256 or None)} into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
     missing = [name for name in files if name not in verified]
     print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
-    with (tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar,
-          ThreadPoolExecutor(workers) as pool):
-        list(pool.map(lambda name: download(*files[name], folder / name, bar, len(missing)), missing))
+    check_space(folder, SHARD_SIZE * len(missing))
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda name: download(*files[name], folder / name, bar), missing))
 
 
 def shard(path):
@@ -323,15 +312,14 @@ def shard(path):
 
 
 def row_groups(paths):
-    """The documents of parquet shards, one list per row group."""
+    """The documents of parquet shards, one list per row group, without nulls."""
     for file in map(shard, paths):
         for i in range(file.num_row_groups):
-            texts = file.read_row_group(i, ["text"])["text"].to_pylist()
-            yield [text for text in texts if text is not None]
+            yield file.read_row_group(i, ["text"])["text"].drop_null().to_pylist()
 
 
 def cut(text):
-    """Documents of CUT_FROM to CUT_AT characters, cut before unindented lines where possible."""
+    """Documents of CUT_FROM to CUT_AT characters, cut before unindented lines if possible."""
     documents = [""]
     for block in re.split(r"(?<=\n\n)(?=\S)", text):
         for i in range(0, len(block), CUT_AT):
@@ -351,11 +339,10 @@ def records(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for number, line in enumerate(f, 1):
                 try:
-                    text = json.loads(line)["text"] if line.strip() else None
+                    text = line.strip() and json.loads(line)["text"]
                     yield text and text.encode("utf-8", "replace").decode()  # no half surrogate pairs
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise PrepareError(
-                        f"{path} line {number} is no JSON object with a 'text' key; fix it") from None
+                    raise PrepareError(f"{path} line {number} is no JSON object with a 'text' key") from None
     else:
         yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
 
@@ -363,7 +350,7 @@ def records(path):
 def text_groups(files, held_out, limit=None):
     """Lists of the documents of `files` in the validation or the training split, `limit` in all.
 
-    A digest of its text assigns each file, or of fewer than 50 files each document: copies stay together.
+    A digest assigns whole files, or the documents of fewer than 50 files: copies stay together.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 
@@ -384,31 +371,29 @@ def find_files(data):
     if data == "python":
         tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
         endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
-    found = {path: digest(str(path.relative_to(top))) for top in tops for path in (top, *top.rglob("*"))
-             if path.suffix in endings and path.is_file()
-             and not others.intersection(path.relative_to(top).parts)}
+    found = {}
+    for path, below in ((path, path.relative_to(top)) for top in tops for path in (top, *top.rglob("*"))):
+        if path.suffix in endings and path.is_file() and not others.intersection(below.parts):
+            found[path] = digest(str(below))
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
     return sorted(found, key=lambda path: (found[path], path))
 
 
 def text_size(path):
-    """Approximate bytes of text in a file."""
-    if path.suffix == ".parquet":
-        footer = shard(path).metadata
-        return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
-    return path.stat().st_size
+    """Approximate bytes of text in a file: parquet compresses it to about a third."""
+    return path.stat().st_size * (3 if path.suffix == ".parquet" else 1)
 
 
 def gather(data, shards, num_shards, workers):
     """Download or find `data`. Returns (train, val, files); train() and val() yield lists of documents."""
-    wanted, limit = {}, None
+    wanted, limit, num_shards = {}, None, LAST_SHARD if num_shards == -1 else num_shards
     if data == "climbmix":
-        for i in *range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD:
+        for i in *range(num_shards), LAST_SHARD:
             name = f"shard_{i:05d}.parquet"
             wanted[name] = hub_url("karpathy/climbmix-400b-shuffle", name), None
     elif data == "tinystories":
-        name, limit = "tinystories_gpt4_clean.parquet", num_shards * STORIES if num_shards > 0 else None
+        name, limit = "tinystories_gpt4_clean.parquet", num_shards * STORIES
         wanted[name] = hub_url("karpathy/tinystories-gpt4-clean", name), None
     elif data == "shakespeare":
         wanted["input.txt"] = SHAKESPEARE
@@ -422,17 +407,11 @@ def gather(data, shards, num_shards, workers):
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
 
-TRAIN_CHARS = 1_000_000_000  # the tokenizer trains on at most this much text,
-TRAIN_DOC_CHARS = 10_000  # and on this much of a document
+TRAIN_CHARS, TRAIN_DOC_CHARS = 10**9, 10_000  # to train the tokenizer: in all, of a document
 
 
 class Tokenizer:
-    """Byte-pair encoding. `ranks` maps a token's bytes to its id; the special tokens follow.
-
-    >>> tokenizer = Tokenizer.from_directory()
-    >>> tokenizer.decode(tokenizer.encode("hello", prepend="<|reserved_0|>"))
-    '<|reserved_0|>hello'
-    """
+    """Byte-pair encoding. `ranks` maps a token's bytes to its id; the special tokens follow."""
 
     def __init__(self, ranks):
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -445,12 +424,11 @@ class Tokenizer:
         """Train on lists of documents; `vocab_size` includes the special tokens."""
         import rustbpe
 
-        def capped():
-            seen = 0
+        def capped(left=TRAIN_CHARS):
             for text in (text[:TRAIN_DOC_CHARS] for texts in groups for text in texts):
                 yield text
-                seen += len(text)
-                if seen >= TRAIN_CHARS:
+                left -= len(text)
+                if left <= 0:
                     return
 
         bpe = rustbpe.Tokenizer()
@@ -468,7 +446,6 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory=None):
-        """Read the tokenizer of `directory` (default: of the current data)."""
         lines = (Path(directory or current_folder()) / "tokenizer.tiktoken").read_bytes().splitlines()
         return cls({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
 
@@ -487,7 +464,7 @@ class Tokenizer:
             return first + self.enc.encode_ordinary(text)
         if isinstance(text, list):
             return [first + ids for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
-        raise ValueError(f"cannot encode a {type(text).__name__}; give a str or a list of str")
+        raise ValueError(f"cannot encode {type(text).__name__}; give a str or a list of str")
 
     def decode(self, ids):
         return self.enc.decode(ids)
@@ -499,19 +476,19 @@ class Tokenizer:
 def write_store(tokenizer, groups, stem):
     """Tokenize `groups`, lists of documents, into two files; returns (documents, tokens).
 
-    stem.bin has the tokens, uint16. stem.idx, int64, has the number n of documents, their starts and the end
-    [n + 1], the starts of the groups and their end [groups + 1].
+    stem.bin: the tokens, uint16. stem.idx, int64: the number n of documents, their n + 1 boundaries in
+    tokens, the boundaries of the groups in documents.
     """
-    starts, group_starts, bos = [0], [0], tokenizer.get_bos_token_id()
+    lengths, group_starts = [], [0]
     with open(stem.with_suffix(".bin"), "wb") as f:
         for texts in groups:
-            documents = tokenizer.encode(texts, prepend=bos, num_threads=os.cpu_count())
-            for ids in documents:
+            for ids in tokenizer.encode(texts, prepend=SPECIAL_TOKENS[0], num_threads=os.cpu_count()):
                 f.write(np.array(ids, dtype=np.uint16))
-            starts.extend(accumulate(map(len, documents), initial=starts.pop()))
-            group_starts.append(len(starts) - 1)
-    np.array([len(starts) - 1, *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
-    return len(starts) - 1, starts[-1]
+                lengths.append(len(ids))
+            group_starts.append(len(lengths))
+    starts = np.cumsum([0, *lengths])
+    np.array([len(lengths), *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
+    return len(lengths), int(starts[-1])
 
 
 class TokenStore:
@@ -540,10 +517,10 @@ BUFFER_DOCS = 1_000  # waiting documents to choose from
 
 
 def pack_rows(batches, capacity):
-    """Yield rows of `capacity` tokens, each a list of (start, stop), from batches of (starts, stops).
+    """Yield rows of `capacity` tokens, lists of (start, stop), from batches of (starts, stops).
 
-    A gap gets the longest waiting document that fits, the first of equals. If none fits, the shortest is
-    cropped. Ends before a row that it cannot fill.
+    A gap gets the longest document that fits, the first of equals. If none fits, the shortest is cropped.
+    Ends before a row that it cannot fill.
 
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
     [[(0, 4), (4, 5)]]
@@ -568,10 +545,7 @@ def pack_rows(batches, capacity):
 
 
 def make_dataloader(tokenizer, B, T, split, device=None):
-    """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS.
-
-    Each batch has a new host buffer: torch reuses a pinned one only after its copies have ended.
-    """
+    """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS."""
     if split not in ("train", "val") or min(B, T) < 1:
         raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
     import torch
@@ -589,6 +563,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
         rows = pack_rows(epochs(), T + 1)
         while True:
             tokens = store.rows(list(islice(rows, B)), T + 1)
+            # torch does not reuse a pinned buffer before its copies have ended
             batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
             batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
             yield *batch.to(device, non_blocking=True), epoch
@@ -629,8 +604,8 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
 
     The metric: the cross-entropy of the targets of the validation rows, in bits, over their UTF-8 bytes.
     Special tokens count in neither. It is computed in fp32, in batches that halve when out of memory.
-    `inspect(cost, inputs, targets)`, such as an Inspector, adds checks and returns cost(inputs, targets).
-    `tokenizer` is ignored, as the model could change it. Raises Refused.
+    `inspect(cost, inputs, targets)` may add checks; it returns cost(inputs, targets). `tokenizer` is ignored,
+    as the model could change it. Raises Refused.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -639,8 +614,8 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
         logits = model(inputs.clone())  # the model may write to them
         shape = *inputs.shape, len(token_bytes)
         if type(logits) is not torch.Tensor or logits.shape != shape:
-            raise Refused(f"the model returned {type(logits).__name__} {[*getattr(logits, 'shape', '')]}; "
-                          f"return a tensor of logits {[*shape]}")
+            raise Refused(f"the model returned {type(logits).__name__} {getattr(logits, 'shape', '')}, "
+                          f"not a tensor of logits {shape}")
         with torch.autocast(device.type, enabled=False):
             logits = logits.detach().float()
             if not torch.isfinite(logits).all():
@@ -650,7 +625,8 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     evaluated.append(type(model))
     rows, token_bytes = validation_rows(), torch.from_numpy(bytes_of_tokens(Tokenizer.from_directory()))
     device = next((p.device for p in model.parameters()), default_device())
-    batch, training, nats, size, at = min(batch_size, EVAL_ROWS), model.training, 0.0, 0, 0
+    batch = max(1, min(int(batch_size), EVAL_ROWS))
+    training, nats, size, at = model.training, 0.0, 0, 0
     model.eval()
     with torch.no_grad():
         while at < len(rows):
@@ -671,7 +647,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
 
 
 class Inspector:
-    """Passed to evaluate_bpb as `inspect`: probes random batches of `rows`, (n, T + 1), for leaks."""
+    """The `inspect` of evaluate_bpb that probes random batches of `rows`, (n, T + 1), for leaks."""
 
     def __init__(self, rows):
         self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
@@ -682,21 +658,21 @@ class Inspector:
         chosen = self.first is None or self.random.random() < PROBED
         nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
         self.first = self.first or (inputs, targets, nats)
-        self.scored += len(inputs)
-        if self.scored == len(self.rows):
+        if self.scored + len(inputs) == len(self.rows):
             for _ in range(REPEATS):  # a model that remembers later rows shows it here
                 self.probe(cost, *self.first)
             edges = torch.cat(self.edges)
             change = float(edges.abs().mean())
             if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
-                raise Refused("the model sees the future or other rows: other tokens there change what a "
-                              f"target costs by {change:.2g} nats")
+                raise Refused("the model sees the future or other rows: changing them changes the cost of a "
+                              f"target by {change:.2g} nats")
+        self.scored += len(inputs)  # unless out of memory
         return nats
 
     def probe(self, cost, inputs, targets, nats=None):
         """Raise Refused if tokens that the model must not see change the cost of a target.
 
-        Each row keeps a prefix, one of them all, and gets the rest of another row. Mixed rows come first.
+        Each row keeps a prefix (one row: all) and gets the rest of another row. Mixed rows come first.
         """
         import torch
 
@@ -719,19 +695,18 @@ class Inspector:
             raise Refused("two forwards of an input differ: logits must not be random or remember it")
         if float(beside[row].abs().max()) > ONE_CHANGE:
             raise Refused("the logits of a row depend on the other rows, or on earlier ones")
-        raise Refused(f"the model sees the future: tokens from {lengths[row]} on change what target {at} "
-                      f"costs by {float(change[row, at]):.2g} nats")
+        raise Refused(f"the model sees the future: tokens from {lengths[row]} on change the cost of target "
+                      f"{at} by {float(change[row, at]):.2g} nats")
 
 
 # === 7. main: prepare one corpus and make it current ===
 
 
 def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
-    """Gather the corpus `data`, build its tokenizer and tokens if needed, and make it current."""
-    settings, name, path = SCALES[scale], data, Path(data).expanduser().absolute()
+    """Gather the corpus `data`, build tokenizer and tokens if needed, and make them current."""
+    settings, path = SCALES[scale], Path(data).expanduser().absolute()
     num_shards = num_shards or settings["num_shards"]
-    if data not in CORPORA:
-        name = f"{path.stem}-{digest(str(path))[:8]}"
+    name = data if data in CORPORA else f"{path.stem}-{digest(str(path))[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", os.getpid()):
@@ -746,35 +721,35 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
         with contextlib.suppress(PrepareError):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
-            build(folder, spec, settings["val_rows"], train, val, size)
+            build(folder, spec, train, val, size)
             manifest = read_manifest(folder)
         write_text(cache_root() / "current", folder.name + "\n")
-    print("tokens:    {train_tokens:,} in {train_docs:,} documents to train on, {val_rows:,} rows of "
-          "{seq_len} to validate; vocabulary {vocab_size:,}".format(**manifest))
+    print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
+          "vocabulary {vocab_size:,}".format(**manifest))
     print(f"ready:     {folder}\nnext:      uv run train.py")
 
 
-def build(folder, spec, val_rows, train, val, size):
-    """Build the files beside the old ones in folder/ready, from where read_manifest() installs them."""
-    building, vocab_size, seq_len = folder / "building", spec["vocab_size"], spec["seq_len"]
+def build(folder, spec, train, val, size):
+    """Build the files in folder/ready; read_manifest() installs them, also after a kill."""
+    building, capacity = folder / "building", spec["seq_len"] + 1
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    check_space(folder, size * (2 if vocab_size == 260 else 1))  # a token takes 2 bytes
-    print(f"tokenizer: training on {min(size, TRAIN_CHARS) / 1e6:,.0f} MB", flush=True)
-    tokenizer = Tokenizer.train(train(), vocab_size)
+    check_space(folder, size)  # a token takes 2 bytes and stands for 2 or more
+    print("training the tokenizer, then tokenizing", flush=True)
+    tokenizer = Tokenizer.train(train(), spec["vocab_size"])
     tokenizer.save(building)
-    print(f"tokenize:  {size / 1e6:,.0f} MB", flush=True)
     docs, tokens = write_store(tokenizer, train(), building / "train")
     _, val_tokens = write_store(tokenizer, val(), building / "val")
-    if not docs or val_tokens <= seq_len:
+    if not docs or val_tokens < capacity:
         raise PrepareError(f"{docs} documents to train on and {val_tokens} tokens to validate are too few; "
-                           "give more text, 100 KB or so")
+                           "give more text")
     store = TokenStore(building / "val")
-    rows = list(islice(pack_rows(store.batches(), seq_len + 1), val_rows))
-    store.rows(rows, seq_len + 1).tofile(building / "val_rows.bin")
+    rows = list(islice(pack_rows(store.batches(), capacity), SCALES[spec["scale"]]["val_rows"]))
+    store.rows(rows, capacity).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
-    write_text(building / "manifest.json", json.dumps(dict(manifest, digest=digest(manifest)), indent=1))
+    manifest["digest"] = digest(manifest)
+    (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     os.replace(building, folder / "ready")
 
 
@@ -786,9 +761,9 @@ def main():
     option("--data", default="climbmix", metavar="NAME|PATH",
            help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix or tinystories, 250 MB of text each; -1 for all (default: 10 or, small, 1)")
+           help="of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small scale: 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with 4 special tokens; 256 for bytes only (default: 8192 or, small, 2048)")
+           help="with 4 special tokens; 256: bytes only (default: 8192; small scale: 2048)")
     driver = any(Path("/dev", name).exists() for name in ("nvidiactl", "nvhost-ctrl", "kfd", "dxg"))
     cuda = driver and default_device().type == "cuda"  # without a driver, skip the slow import of torch
     option("--scale", choices=SCALES, default="full" if cuda else "small",
@@ -802,11 +777,11 @@ def main():
         if value not in (None, other) and not low <= value <= high:
             parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
-        parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder")
+        parser.error(f"--data {args.data} is no corpus, file or folder")
     try:
         prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same; wait for it, or stop it")
+        sys.exit(f"error: process {holder} prepares the same; wait for it or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:
