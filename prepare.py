@@ -1,9 +1,8 @@
 """
-Prepare text, tokenizer, tokens and validation rows for train.py and referee.py. Nobody edits this file.
+Prepare text, tokenizer, tokens and validation rows for train.py. Nobody edits this file.
 
     uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
     uv run prepare.py --data python    the Python source of this environment, offline
-    uv run prepare.py --help           the other corpora and the options
 
 train.py uses the data prepared last. Each room uses only those above it: grep -n '^# ===' prepare.py
 """
@@ -49,7 +48,7 @@ SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
 
 
 class PrepareError(SystemExit):
-    """A user's mistake or an outside failure. It ends the program with one line."""
+    """A user's mistake or an outside failure; ends the program with one line."""
 
     def __init__(self, sentence):
         super().__init__(f"error: {sentence}")
@@ -89,7 +88,7 @@ def write_text(path, text):
 
 
 def append_line(path, line):
-    """Append `line` and sync; a newline first, as a kill may have left half a line."""
+    """Append `line` and sync; first a newline, as a kill may have left half a line."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(f"\n{line}\n")
         f.flush()
@@ -97,9 +96,9 @@ def append_line(path, line):
 
 
 def lock_file(path, owner, pauses=(0.1, 0.1, 0.1, 0)):
-    """Lock the file `path` until the returned file is closed. BlockingIOError names the owner."""
+    """Lock `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    for pause in pauses:  # seconds; lock_holder() takes a lock for a moment
+    for pause in pauses:  # lock_holder() takes a lock for a moment
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
@@ -128,7 +127,7 @@ def digest(value):
 
 
 def read_manifest(folder=None, thorough=False):
-    """The manifest of `folder` (default: current). PrepareError on a wrong size or, `thorough`, sha256."""
+    """The manifest of `folder` (default: current); checks sizes and, if `thorough`, sha256."""
     folder = folder or current_folder()
     ready = folder / "ready"  # a finished build, the manifest moves last
     try:
@@ -220,9 +219,8 @@ def check_space(folder, size):
 
 # === 2. Corpus: documents for training and validation ===
 
-LAST_SHARD = 6542  # of ClimbMix, always for validation
-SHARD_SIZE = 10**8  # bytes, about
-STORIES = 300_000  # of tinystories per shard: about 250 MB of text, like ClimbMix
+LAST_SHARD, SHARD_SIZE = 6542, 10**8  # of ClimbMix: the one for validation; bytes, about
+STORIES = 293  # groups of tinystories per shard: 250 MB of text, like ClimbMix
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -282,8 +280,8 @@ def download(url, sha256, path, bar):
         problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
         if got >= size:
             part.unlink()
-    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN, "
-                       "and run this again to resume. Offline: uv run prepare.py --data python")
+    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN "
+                       "and run this again to resume; offline use --data python")
 
 
 def download_all(files, folder, workers):
@@ -312,7 +310,7 @@ def shard(path):
 
 
 def row_groups(paths):
-    """The documents of parquet shards, one list per row group, without nulls."""
+    """The documents of parquet shards, one list per row group."""
     for file in map(shard, paths):
         for i in range(file.num_row_groups):
             yield file.read_row_group(i, ["text"])["text"].drop_null().to_pylist()
@@ -347,20 +345,20 @@ def records(path):
         yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
 
 
-def text_groups(files, held_out, limit=None):
-    """Lists of the documents of `files` in the validation or the training split, `limit` in all.
+def text_groups(files, held_out):
+    """Lists of the documents in the validation or the training split of `files`.
 
     A digest assigns whole files, or the documents of fewer than 50 files: copies stay together.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 
     def chosen(data):
-        return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64) == held_out
+        return (int(hashlib.sha256(data).hexdigest()[:16], 16) < share * 2**64) == held_out
 
     whole = len(files) >= 50
     texts = (text[i : i + LONGEST] for path in files if not whole or chosen(path.read_bytes())
              for text in records(path) if text for i in range(0, len(text), LONGEST))
-    found = islice((text for text in texts if whole or chosen(text.encode())), limit)
+    found = (text for text in texts if whole or chosen(text.encode()))
     while group := list(islice(found, GROUP)):
         yield group
 
@@ -372,16 +370,18 @@ def find_files(data):
         tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
         endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
     found = {}
-    for path, below in ((path, path.relative_to(top)) for top in tops for path in (top, *top.rglob("*"))):
-        if path.suffix in endings and path.is_file() and not others.intersection(below.parts):
-            found[path] = digest(str(below))
+    for top in tops:
+        for path in (top, *top.rglob("*")):
+            below = path.relative_to(top)
+            if path.suffix in endings and path.is_file() and not others.intersection(below.parts):
+                found[path] = digest(str(below))
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
     return sorted(found, key=lambda path: (found[path], path))
 
 
 def text_size(path):
-    """Approximate bytes of text in a file: parquet compresses it to about a third."""
+    """Approximate bytes of text in a file; parquet compresses it to a third."""
     return path.stat().st_size * (3 if path.suffix == ".parquet" else 1)
 
 
@@ -402,7 +402,7 @@ def gather(data, shards, num_shards, workers):
     files = [shards / name for name in wanted] or find_files(data)
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:]), files
-    return lambda: text_groups(files, False, limit), lambda: text_groups(files, True), files
+    return lambda: islice(text_groups(files, False), limit), lambda: text_groups(files, True), files
 
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
@@ -474,33 +474,33 @@ class Tokenizer:
 
 
 def write_store(tokenizer, groups, stem):
-    """Tokenize `groups`, lists of documents, into two files; returns (documents, tokens).
+    """Tokenize `groups`, lists of documents; returns (documents, tokens).
 
     stem.bin: the tokens, uint16. stem.idx, int64: the number n of documents, their n + 1 boundaries in
-    tokens, the boundaries of the groups in documents.
+    tokens, the boundaries of groups in documents.
     """
     lengths, group_starts = [], [0]
     with open(stem.with_suffix(".bin"), "wb") as f:
         for texts in groups:
             for ids in tokenizer.encode(texts, prepend=SPECIAL_TOKENS[0], num_threads=os.cpu_count()):
-                f.write(np.array(ids, dtype=np.uint16))
+                f.write(np.array(ids, np.uint16))
                 lengths.append(len(ids))
             group_starts.append(len(lengths))
     starts = np.cumsum([0, *lengths])
-    np.array([len(lengths), *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
+    np.array([len(lengths), *starts, *group_starts], np.int64).tofile(stem.with_suffix(".idx"))
     return len(lengths), int(starts[-1])
 
 
 class TokenStore:
-    """What write_store() wrote, its tokens memory-mapped."""
+    """What write_store() wrote, memory-mapped."""
 
     def __init__(self, stem):
-        index = np.fromfile(stem.with_suffix(".idx"), dtype=np.int64)
+        index = np.fromfile(stem.with_suffix(".idx"), np.int64)
         self.starts, self.groups = index[1 : index[0] + 2], index[index[0] + 2 :].tolist()
-        self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), dtype=np.uint16, mode="r"))
+        self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), np.uint16, "r"))
 
     def batches(self, size=128):
-        """One epoch of documents as (starts, stops), up to `size` of one group at a time."""
+        """One epoch of documents as (starts, stops), at most `size` of one group."""
         for first, last in pairwise(self.groups):
             for i in range(first, last, size):
                 edges = self.starts[i : min(i + size, last) + 1].tolist()
@@ -563,7 +563,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
         rows = pack_rows(epochs(), T + 1)
         while True:
             tokens = store.rows(list(islice(rows, B)), T + 1)
-            # torch does not reuse a pinned buffer before its copies have ended
+            # torch reuses a pinned buffer only after its copies
             batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
             batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
             yield *batch.to(device, non_blocking=True), epoch
@@ -580,7 +580,7 @@ evaluated = []  # types of the models scored
 
 
 class Refused(Exception):
-    """The model or the run gets no score; says why."""
+    """Why a model or a run gets no score."""
 
 
 def bytes_of_tokens(tokenizer):
@@ -589,20 +589,20 @@ def bytes_of_tokens(tokenizer):
 
 
 def validation_rows():
-    """The rows to score, int64 [rows, T + 1]. Raises Refused if the file was changed."""
+    """The rows to score, int64 [rows, T + 1]; raises Refused if they were changed."""
     import torch
 
     path, manifest = current_folder() / "val_rows.bin", read_manifest()
     if sha256_of(path) != manifest["files"][path.name][1]:
-        raise Refused(f"{path} is not what was prepared; prepare the data again")
-    rows = np.fromfile(path, dtype=np.uint16).reshape(-1, manifest["seq_len"] + 1)
+        raise Refused(f"{path} is not what was prepared; prepare it again")
+    rows = np.fromfile(path, np.uint16).reshape(-1, manifest["seq_len"] + 1)
     return torch.from_numpy(rows.astype(np.int64))
 
 
 def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     """Bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]. Lower is better.
 
-    The metric: the cross-entropy of the targets of the validation rows, in bits, over their UTF-8 bytes.
+    The metric: the cross-entropy of the targets in the validation rows, in bits, over their UTF-8 bytes.
     Special tokens count in neither. It is computed in fp32, in batches that halve when out of memory.
     `inspect(cost, inputs, targets)` may add checks; it returns cost(inputs, targets). `tokenizer` is ignored,
     as the model could change it. Raises Refused.
@@ -647,7 +647,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
 
 
 class Inspector:
-    """The `inspect` of evaluate_bpb that probes random batches of `rows`, (n, T + 1), for leaks."""
+    """Probes random batches of `rows`, (n, T + 1), for leaks, as `inspect` of evaluate_bpb."""
 
     def __init__(self, rows):
         self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
@@ -664,8 +664,7 @@ class Inspector:
             edges = torch.cat(self.edges)
             change = float(edges.abs().mean())
             if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
-                raise Refused("the model sees the future or other rows: changing them changes the cost of a "
-                              f"target by {change:.2g} nats")
+                raise Refused(f"the model sees the future or other rows: {change:.2g} nats a target")
         self.scored += len(inputs)  # unless out of memory
         return nats
 
@@ -703,7 +702,7 @@ class Inspector:
 
 
 def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
-    """Gather the corpus `data`, build tokenizer and tokens if needed, and make them current."""
+    """Gather the corpus `data`, build what is missing, and make it current."""
     settings, path = SCALES[scale], Path(data).expanduser().absolute()
     num_shards = num_shards or settings["num_shards"]
     name = data if data in CORPORA else f"{path.stem}-{digest(str(path))[:8]}"
@@ -716,26 +715,25 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
             stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
         spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], text=digest(stamp),
                     vocab_size=max(260, vocab_size or settings["vocab_size"]))  # 256 bytes, 4 specials
-        size, manifest = sum(map(text_size, files)), {}
-        print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
+        manifest = {}
         with contextlib.suppress(PrepareError):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
-            build(folder, spec, train, val, size)
+            build(folder, spec, train, val, sum(map(text_size, files)))
             manifest = read_manifest(folder)
-        write_text(cache_root() / "current", folder.name + "\n")
+        write_text(cache_root() / "current", folder.name)
     print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
           "vocabulary {vocab_size:,}".format(**manifest))
     print(f"ready:     {folder}\nnext:      uv run train.py")
 
 
 def build(folder, spec, train, val, size):
-    """Build the files in folder/ready; read_manifest() installs them, also after a kill."""
+    """Build folder/ready, which read_manifest() installs, also after a kill."""
     building, capacity = folder / "building", spec["seq_len"] + 1
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     check_space(folder, size)  # a token takes 2 bytes and stands for 2 or more
-    print("training the tokenizer, then tokenizing", flush=True)
+    print(f"text:      {size / 1e6:,.0f} MB to train the tokenizer and to tokenize", flush=True)
     tokenizer = Tokenizer.train(train(), spec["vocab_size"])
     tokenizer.save(building)
     docs, tokens = write_store(tokenizer, train(), building / "train")
@@ -756,7 +754,7 @@ def build(folder, spec, train, val, size):
 def main():
     sys.stdout = Output(sys.stdout)
     parser = argparse.ArgumentParser(description="Prepare a corpus for train.py, once.")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see: uv run prepare.py --help\n")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     option = parser.add_argument
     option("--data", default="climbmix", metavar="NAME|PATH",
            help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
@@ -781,11 +779,11 @@ def main():
     try:
         prepare(args.data, args.scale, args.num_shards, args.vocab_size, args.download_workers)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same; wait for it or stop it")
+        sys.exit(f"error: process {holder} prepares the same; wait or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:
-        sys.exit(f"error: {error}; fix that, or set AUTORESEARCH_CACHE to another folder")
+        sys.exit(f"error: {error}; fix it or set AUTORESEARCH_CACHE")
 
 
 if __name__ == "__main__":
