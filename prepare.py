@@ -1,12 +1,10 @@
 """
-Prepare text, tokenizer, tokens and validation rows for train.py and referee.py. Nobody edits this file.
+Prepare text, tokenizer, tokens and validation rows for train.py. Nobody edits this file.
 
     uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
     uv run prepare.py --data python    the Python source of this environment, offline
-    uv run prepare.py --help           the other corpora and the options
 
-The data prepared last is current. Its manifest sets sequence length, vocabulary and validation rows.
-Each room uses only those above it: grep -n '^# ===' prepare.py
+train.py uses the data prepared last. Each room uses only those above it: grep -n '^# ===' prepare.py
 """
 
 import argparse
@@ -26,9 +24,9 @@ import sys
 import sysconfig
 import time
 import timeit
-from collections import deque
+from collections import ChainMap
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, count, islice, pairwise, repeat
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +42,7 @@ SCALES = {  # see device_scale(); train.py has constants for each
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
 FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # bytes, and FLOP/s of a bf16 matmul, that full scale needs
-GPU_FILES = ("nvidiactl", "nvhost-ctrl", "kfd", "dxg")  # of drivers, in /dev
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # of drivers
 FLASH_ATTENTION_3 = dict(repo_id="kernels-community/flash-attn3", revision="v1",
                          trust_remote_code=["kernels-community/flash-attn3"])
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
@@ -56,7 +54,7 @@ SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
 
 
 class PrepareError(SystemExit):
-    """A user's mistake or an outside failure. Uncaught, it ends the program with one line."""
+    """A user's mistake or an outside failure; ends the program with one line."""
 
     def __init__(self, sentence):
         super().__init__(f"error: {sentence}")
@@ -85,40 +83,28 @@ def cache_root():
     try:
         return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
     except RuntimeError:
-        raise PrepareError("no home folder; set AUTORESEARCH_CACHE to a folder for the data") from None
+        raise PrepareError("no home folder; set AUTORESEARCH_CACHE to a folder") from None
 
 
 def write_text(path, text):
     """Replace a text file; a kill leaves the old one or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def append_line(path, line):
-    """Append `line` and sync. A newline goes first, as a kill may have left half a line."""
+    """Append `line` and sync; first a newline, as a kill may have left half a line."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(f"\n{line}\n")
         f.flush()
         os.fsync(f.fileno())
 
 
-def install(folder):
-    """Move a finished build from folder/ready to `folder`, manifest last; resumes after a kill."""
-    ready = folder / "ready"
-    if ready.exists():
-        for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
-            os.replace(path, folder / path.name)
-        ready.rmdir()
-
-
-def lock_file(path, owner):
-    """Lock the file `path` until the returned file is closed. BlockingIOError names the owner."""
+def lock_file(path, owner, pauses=(0.1, 0.1, 0.1, 0)):
+    """Lock `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    for pause in (0.1, 0.1, 0.1, 0):  # lock_holder() takes a lock for a moment
+    for pause in pauses:  # lock_holder() takes a lock for a moment
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
@@ -131,12 +117,9 @@ def lock_file(path, owner):
 def lock_holder(path):
     """The owner of the lock `path`, "" if it is free."""
     try:
-        with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        pass
+        lock_file(path, "", pauses=[0]).close()
+    except BlockingIOError as owner:
+        return str(owner)
     return ""
 
 
@@ -150,29 +133,33 @@ def digest(value):
 
 
 def read_manifest(folder=None, thorough=False):
-    """The manifest of `folder` (default: current). PrepareError on a wrong size or, `thorough`, sha256."""
+    """The manifest of `folder` (default: current); checks sizes and, if `thorough`, sha256."""
     folder = folder or current_folder()
+    ready = folder / "ready"  # a finished build, the manifest moves last
     try:
-        install(folder)
+        if ready.exists():
+            for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
+                os.replace(path, folder / path.name)
+            ready.rmdir()
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"it has format {manifest['format']}, not {FORMAT}")
         if manifest.pop("digest") != digest(manifest):
             raise ValueError("its manifest was changed")
         for name, (size, sha256) in manifest["files"].items():
-            if (folder / name).stat().st_size != size or (thorough and sha256_of(folder / name) != sha256):
-                raise ValueError(f"{name} is not the {size:,} bytes prepared")
+            path = folder / name
+            if path.stat().st_size != size or (thorough and sha256_of(path) != sha256):
+                raise ValueError(f"{name} was changed")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PrepareError(f"{folder} is not ready ({error}); run: uv run prepare.py [--data NAME]") from None
     return manifest
 
 
 def current_folder():
-    root = cache_root()
-    pointer = root / "current"
+    pointer = cache_root() / "current"
     if not pointer.exists():
-        raise PrepareError(f"no prepared data in {root}; run: uv run prepare.py (on a CPU: --data python)")
-    return root / pointer.read_text(encoding="utf-8").strip()
+        raise PrepareError(f"no prepared data in {pointer.parent}; run: uv run prepare.py [--data python]")
+    return pointer.with_name(pointer.read_text(encoding="utf-8").strip())
 
 
 def __getattr__(name):
@@ -199,7 +186,7 @@ def env_number(name, default, low, high):
 
 
 def default_device():
-    """CUDA, MPS or the CPU, the first there is; the CPU if CUDA_VISIBLE_DEVICES is set to nothing."""
+    """CUDA, MPS or the CPU, the first there is; the CPU if CUDA_VISIBLE_DEVICES is empty."""
     import torch
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
@@ -208,30 +195,19 @@ def default_device():
     return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 
-def gpu_problem():
-    """Why torch cannot use the driver of an NVIDIA GPU, such as its age; "" without a GPU."""
-    import torch
-
-    problem = ""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        try:
-            torch.cuda.init()
-        except (RuntimeError, AssertionError) as error:
-            problem = str(error).partition(". ")[0]
-    return "" if "no NVIDIA driver" in problem or "No CUDA GPUs" in problem else problem
-
-
 def device_scale():
-    """The scale for this machine; a matmul is timed if a GPU has the memory for full scale."""
-    if not any(Path("/dev", name).exists() for name in GPU_FILES):
+    """The scale for this machine. A matmul is timed on a GPU with memory for full scale."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not any(map(os.path.exists, GPU_FILES)):
         return "small"  # without the slow import of torch
     import torch
 
-    if problem := gpu_problem():
-        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {problem}; update NVIDIA's "
-                           "driver (to R580 or later), or prepare for the CPU: --scale small")
-    if default_device().type != "cuda":
-        return "small"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        if "no NVIDIA driver" in str(error) or "No CUDA GPUs" in str(error):
+            return "small"
+        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU ({str(error)[:80]}); update "
+                           "its driver (R580 or later), or prepare for the CPU: --scale small") from None
     if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
         return "medium"
     matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
@@ -240,7 +216,7 @@ def device_scale():
 
 
 def download_kernel():
-    """Download FlashAttention-3 for a Hopper GPU, to the cache of the hub. train.py finds it there."""
+    """On Hopper, download FlashAttention-3 to the cache of the hub, where train.py finds it."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
@@ -283,54 +259,28 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-@contextlib.contextmanager
-def progress_bar(what, total=None):
-    """A progress bar in bytes on a terminal, then one line."""
-    begun = time.monotonic()
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        yield bar
-    seconds, size = time.monotonic() - begun, (bar.total or 0) / 1e6
-    print(f"{what + ':':<10} {size:,.1f} MB in {seconds:.1f} s, {size / seconds:.1f} MB/s", flush=True)
-
-
 def check_space(folder, size):
-    """Raise PrepareError unless `folder` has `size` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < size:
-        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room, "
-                           "or set AUTORESEARCH_CACHE to another disk")
-
-
-def in_order(function, items, workers):
-    """Yield function(item) in order; `workers` threads work up to two items each ahead."""
-    ahead = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        raise PrepareError(f"{folder} needs {size / 1e9:.2f} GB and has {free / 1e9:.2f} GB free; make room")
 
 
 # === 2. Corpus: documents for training and validation ===
 
-LAST_SHARD = 6542  # of ClimbMix, always for validation
-STORIES = 300_000  # of tinystories per shard: about 250 MB of text, like ClimbMix
+LAST_SHARD, SHARD_SIZE = 6542, 10**8  # of ClimbMix: the one for validation; bytes, about
+STORIES = 293  # groups of tinystories per shard: 250 MB of text, like ClimbMix
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-ATTEMPTS = 3  # in a row without progress; each resumes the last
+ATTEMPTS = 5  # each resumes the last
+VERIFIED = 10**9  # the modification time of a verified download, so that a later change shows
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
+LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
 GROUP = 1_024  # documents per list
-HELD_OUT = 0.02  # share of the text for validation, up to 0.1 to get HELD_OUT_BYTES
-HELD_OUT_BYTES = 100_000
+HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # for validation: the share, up to 0.1 to get so many bytes
 
 
 def hub_url(repo, name):
@@ -338,100 +288,59 @@ def hub_url(repo, name):
     return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
 
 
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
+def download(url, sha256, path, bar):
+    """Download `url` to `path`: resume, check size and sha256, rename.
 
-
-def fetch(session, url, part, bar, expect):
-    """Resume the file `part` by one GET, after expect(size). Returns (size, sha256), 0 or "" if unknown.
-
-    The hub's redirect has them as X-Linked-Size and X-Linked-ETag. HF_TOKEN goes to the hub alone: requests
-    drops it at a redirect to another host.
+    The hub's redirect has both. HF_TOKEN goes to the hub only: requests drops it for another host.
     """
-    have, token = size_of(part), os.environ.get("HF_TOKEN", "").strip()
-    headers = {"Range": f"bytes={have}-"} if have else {}
-    if token and "/datasets/" in url:
-        headers["Authorization"] = f"Bearer {token}"
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status = response.status_code
-        page = "text/html" in response.headers.get("Content-Type", "")  # such as a login page
-        if status not in (200, 206, 416) or page:  # 416: nothing left to send
-            raise PrepareError(f"{url} answered {status}{' with a web page' * page}; "
-                               "check the network, HF_ENDPOINT and HF_TOKEN")
-        told = {k.lower(): v for hop in [response, *response.history] for k, v in hop.headers.items()}
-        length = status == 200 and response.headers.get("Content-Length")
-        total = told.get("content-range", "").rpartition("/")[2]
-        size = int(told.get("x-linked-size") or total or length or 0)
-        expect(size)
-        if status != 416:
-            with open(part, "ab" if status == 206 else "wb") as f:
-                for block in response.iter_content(1 << 16):
-                    f.write(block)
-                    bar.update(len(block))
-    return size, told.get("x-linked-etag", "").strip('W/"')
-
-
-def download(session, url, path, sha256, bar, expect):
-    """Fetch `url` into `path`: resume, check size and sha256, rename when whole."""
     import requests
 
-    part, problem, attempts = path.with_name(path.name + ".part"), "", 0
+    part, token = path.with_name(path.name + ".part"), os.environ.get("HF_TOKEN", "").strip()
     if path.exists():  # not verified: treat it as a part
         os.replace(path, part)
-    while attempts < ATTEMPTS:
-        had = size_of(part)
+    for attempt in range(ATTEMPTS):
+        time.sleep(attempt)
+        have = part.stat().st_size if part.exists() else 0
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None,
+                   "Authorization": f"Bearer {token}" if token and "/datasets/" in url else None}
         try:
-            size, told = fetch(session, url, part, bar, expect)
-            got, wanted = part.stat().st_size, sha256 or (told if len(told) == 64 else "")
-            if got == (size or got) and (not wanted or sha256_of(part) == wanted):
-                return os.replace(part, path)
-            problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
-            if got >= size:
-                part.unlink()
-        except requests.exceptions.RequestException as error:  # after urllib3's own retries
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                status, page = response.status_code, "text/html" in response.headers.get("Content-Type", "")
+                problem = f"status {status}{', a web page' * page}"
+                if page or status in (401, 403, 404):
+                    break
+                if status not in (200, 206, 416):  # 416: nothing left to send
+                    continue
+                told = ChainMap(*(hop.headers for hop in [response, *response.history]))
+                size = int(told.get("X-Linked-Size", 0))
+                if status != 416:
+                    with open(part, "ab" if status == 206 else "wb") as f:
+                        for block in response.iter_content(1 << 16):
+                            f.write(block)
+                            bar.update(len(block))
+        except requests.RequestException as error:
             problem = f"{type(error).__name__}: {error}"
-        attempts = 0 if size_of(part) > had else attempts + 1
-    raise PrepareError(f"cannot download {url} ({problem}); run this again to resume. "
-                       "Offline: uv run prepare.py --data python")
+            continue
+        got, wanted = part.stat().st_size, sha256 or told.get("X-Linked-ETag", "").strip('"')
+        if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
+            os.utime(part, (VERIFIED, VERIFIED))
+            return os.replace(part, path)
+        problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
+        if got >= size:
+            part.unlink()
+    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN "
+                       "and run this again to resume; offline use --data python")
 
 
 def download_all(files, folder, workers):
-    """Download {name: (url, sha256 or None)} into `folder`; verified.json lists the verified files."""
-    import requests
-    from urllib3.util import Retry
-
-    retry = Retry(total=5, connect=1, backoff_factor=0.5, raise_on_status=False,
-                  status_forcelist=(408, 429, 500, 502, 503, 504))
-    session = requests.Session()
-    session.headers["Accept-Encoding"] = "identity"
-    for scheme in ("http://", "https://"):
-        session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
-
-    def stamp(name):
-        return (folder / name).exists() and (folder / name).stat().st_mtime_ns
-
+    """Download {name: (url, sha256 or None)} into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    record, verified, sizes = folder / "verified.json", {}, []
-    with contextlib.suppress(OSError, ValueError):
-        verified = dict(json.loads(record.read_text()))
-    missing = [name for name in files if stamp(name) != verified.get(name, "never")]
+    verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
+    missing = [name for name in files if name not in verified]
     print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
-    if not missing:
-        return
-
-    def expect(size):
-        sizes.append(size)
-        bar.total = sum(sizes) * len(missing) // len(sizes)  # extrapolated
-        if len(sizes) == 1:
-            check_space(folder, bar.total)
-
-    def get(name):
-        download(session, files[name][0], folder / name, files[name][1], bar, expect)
-
-    with progress_bar("download") as bar:
-        for name, _ in zip(missing, in_order(get, missing, workers), strict=True):
-            verified[name] = stamp(name)
-            write_text(record, json.dumps(verified))
+    check_space(folder, SHARD_SIZE * len(missing))
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda name: download(*files[name], folder / name, bar), missing))
 
 
 def shard(path):
@@ -440,20 +349,19 @@ def shard(path):
 
     try:
         file = pq.ParquetFile(path)
+        columns = {field.name: str(field.type) for field in file.schema_arrow}
+        if "string" not in columns.get("text", ""):
+            raise ValueError(f"its columns are {columns}")
     except (OSError, ValueError) as error:
-        raise PrepareError(f"{path} is no parquet file ({error}); delete or replace it") from None
-    columns = {field.name: str(field.type) for field in file.schema_arrow}
-    if "string" not in columns.get("text", ""):
-        raise PrepareError(f"{path} has columns {columns}, none a string named text; rename the right one")
+        raise PrepareError(f"{path} is no parquet file with a text column ({error}); replace it") from None
     return file
 
 
 def row_groups(paths):
-    """The documents of parquet shards, one list per row group, without nulls."""
+    """The documents of parquet shards, one list per row group."""
     for file in map(shard, paths):
         for i in range(file.num_row_groups):
-            texts = file.read_row_group(i, ["text"]).column(0).to_pylist()
-            yield [text for text in texts if text is not None]
+            yield file.read_row_group(i, ["text"])["text"].drop_null().to_pylist()
 
 
 def cut(text):
@@ -472,70 +380,68 @@ def records(path):
     """The documents of one file: rows of .parquet and .jsonl, pieces of other text."""
     if path.suffix == ".parquet":
         for batch in shard(path).iter_batches(GROUP, columns=["text"]):
-            yield from batch.column(0).to_pylist()
+            yield from batch["text"].to_pylist()
     elif path.suffix == ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as f:
             for number, line in enumerate(f, 1):
                 try:
-                    text = json.loads(line)["text"] if line.strip() else None
+                    text = line.strip() and json.loads(line)["text"]
                     yield text and text.encode("utf-8", "replace").decode()  # no half surrogate pairs
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise PrepareError(
-                        f"{path} line {number} is no JSON object with a 'text' key; fix it") from None
+                    raise PrepareError(f"{path} line {number} is no JSON object with a 'text' key") from None
     else:
         yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
 
 
-def text_groups(files, held_out, limit=None):
-    """Lists of the documents of `files` in the validation or the training split.
+def text_groups(files, held_out):
+    """Lists of the documents in the validation or the training split of `files`.
 
-    A digest picks whole files for validation, or documents if files are fewer than 50: copies stay together.
+    A digest assigns whole files, or the documents of fewer than 50 files: copies stay together.
     """
     share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
 
     def chosen(data):
-        return (int.from_bytes(hashlib.sha256(data).digest()[:8], "big") < share * 2**64) == held_out
+        return (int(hashlib.sha256(data).hexdigest()[:16], 16) < share * 2**64) == held_out
 
     whole = len(files) >= 50
-    found = islice((text for path in files if not whole or chosen(path.read_bytes())
-                    for text in records(path) if text and (whole or chosen(text.encode()))), limit)
+    texts = (text[i : i + LONGEST] for path in files if not whole or chosen(path.read_bytes())
+             for text in records(path) if text for i in range(0, len(text), LONGEST))
+    found = (text for text in texts if whole or chosen(text.encode()))
     while group := list(islice(found, GROUP)):
         yield group
 
 
 def find_files(data):
     """The text files of `data` ('python': this environment's source), shuffled by relative path."""
+    tops, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
     if data == "python":
-        folders = {Path(sysconfig.get_paths()[key]).resolve() for key in ("stdlib", "purelib", "platlib")}
+        tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
         endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
-    else:
-        folders, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
-    paths = [(path, path.relative_to(top))
-             for top in folders for path in ([top] if top.is_file() else top.rglob("*"))]
-    found = {path: str(below) for path, below in paths
-             if path.suffix in endings and path.is_file() and not others.intersection(below.parts)}
+    found = {}
+    for top in tops:
+        for path in (top, *top.rglob("*")):
+            below = path.relative_to(top)
+            if path.suffix in endings and path.is_file() and not others.intersection(below.parts):
+                found[path] = digest(str(below))
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
-    return sorted(found, key=lambda path: (digest(found[path]), path))
+    return sorted(found, key=lambda path: (found[path], path))
 
 
 def text_size(path):
-    """Approximate bytes of text in a file."""
-    if path.suffix != ".parquet":
-        return path.stat().st_size
-    footer = shard(path).metadata
-    return sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+    """Approximate bytes of text in a file; parquet compresses it to a third."""
+    return path.stat().st_size * (3 if path.suffix == ".parquet" else 1)
 
 
 def gather(data, shards, num_shards, workers):
     """Download or find `data`. Returns (train, val, files); train() and val() yield lists of documents."""
-    wanted, limit = {}, None
+    wanted, limit, num_shards = {}, None, LAST_SHARD if num_shards == -1 else num_shards
     if data == "climbmix":
-        for i in [*range(LAST_SHARD if num_shards == -1 else num_shards), LAST_SHARD]:
+        for i in *range(num_shards), LAST_SHARD:
             name = f"shard_{i:05d}.parquet"
             wanted[name] = hub_url("karpathy/climbmix-400b-shuffle", name), None
     elif data == "tinystories":
-        name, limit = "tinystories_gpt4_clean.parquet", num_shards * STORIES if num_shards > 0 else None
+        name, limit = "tinystories_gpt4_clean.parquet", num_shards * STORIES
         wanted[name] = hub_url("karpathy/tinystories-gpt4-clean", name), None
     elif data == "shakespeare":
         wanted["input.txt"] = SHAKESPEARE
@@ -544,22 +450,16 @@ def gather(data, shards, num_shards, workers):
     files = [shards / name for name in wanted] or find_files(data)
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:]), files
-    return lambda: text_groups(files, False, limit), lambda: text_groups(files, True), files
+    return lambda: islice(text_groups(files, False), limit), lambda: text_groups(files, True), files
 
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
 
-TRAIN_CHARS = 1_000_000_000  # the tokenizer trains on at most this much text,
-TRAIN_DOC_CHARS = 10_000  # and on this much of a document
+TRAIN_CHARS, TRAIN_DOC_CHARS = 10**9, 10_000  # to train the tokenizer: in all, of a document
 
 
 class Tokenizer:
-    """Byte-pair encoding; `ranks` maps a token's bytes to its id. The four special tokens follow.
-
-    >>> tokenizer = Tokenizer.from_directory()
-    >>> tokenizer.decode(tokenizer.encode("hello", prepend="<|reserved_0|>"))
-    '<|reserved_0|>hello'
-    """
+    """Byte-pair encoding. `ranks` maps a token's bytes to its id; the special tokens follow."""
 
     def __init__(self, ranks):
         specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
@@ -568,19 +468,15 @@ class Tokenizer:
                                      special_tokens=specials)
 
     @classmethod
-    def train(cls, groups, vocab_size, bar):
-        """Train on lists of documents. `vocab_size` includes specials; 256 means bytes plus specials."""
-        if vocab_size == 256:
-            return cls({bytes([i]): i for i in range(256)})
+    def train(cls, groups, vocab_size):
+        """Train on lists of documents; `vocab_size` includes the special tokens."""
         import rustbpe
 
-        def capped():
-            seen = 0
+        def capped(left=TRAIN_CHARS):
             for text in (text[:TRAIN_DOC_CHARS] for texts in groups for text in texts):
                 yield text
-                bar.update(len(text))
-                seen += len(text)
-                if seen >= TRAIN_CHARS:
+                left -= len(text)
+                if left <= 0:
                     return
 
         bpe = rustbpe.Tokenizer()
@@ -592,13 +488,12 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory):
-        """Write tokenizer.tiktoken: per line a token's bytes in base64 and its rank."""
+        """Write tokenizer.tiktoken: lines of a token's bytes in base64 and its rank."""
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
         (Path(directory) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
     @classmethod
     def from_directory(cls, directory=None):
-        """Read the tokenizer in `directory`, by default that of the current data."""
         lines = (Path(directory or current_folder()) / "tokenizer.tiktoken").read_bytes().splitlines()
         return cls({base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)})
 
@@ -617,7 +512,7 @@ class Tokenizer:
             return first + self.enc.encode_ordinary(text)
         if isinstance(text, list):
             return [first + ids for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
-        raise ValueError(f"cannot encode a {type(text).__name__}; give a str or a list of str")
+        raise ValueError(f"cannot encode {type(text).__name__}; give a str or a list of str")
 
     def decode(self, ids):
         return self.enc.decode(ids)
@@ -625,53 +520,35 @@ class Tokenizer:
 
 # === 4. Token store: all documents in one flat file, each after a BOS ===
 
-LONG_RUN = re.compile(r"[^\W\d_]{20000}|\s{20000}")  # tiktoken takes quadratic time
 
+def write_store(tokenizer, groups, stem):
+    """Tokenize `groups`, lists of documents; returns (documents, tokens).
 
-def write_store(tokenizer, groups, stem, workers, bar):
-    """Tokenize lists of documents into stem.bin, uint16 [tokens], and stem.idx; returns (documents, tokens).
-
-    stem.idx is int64: the number of documents n, their starts in stem.bin and the last one's end [n + 1], the
-    boundaries of the groups, in documents [groups + 1]. A few groups are in memory at a time.
+    stem.bin: the tokens, uint16. stem.idx, int64: the number n of documents, their n + 1 boundaries in
+    tokens, the boundaries of groups in documents.
     """
-    starts, group_starts, bos, bos_id = [0], [0], SPECIAL_TOKENS[0], tokenizer.get_bos_token_id()
-
-    def ids_of(text):
-        cuts = 20_000 if len(text) > 20_000 and LONG_RUN.search(text) else max(1, len(text))
-        pieces = [text[i : i + cuts] for i in range(0, len(text), cuts)]
-        ids = [tokenizer.enc.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
-        return np.concatenate([[bos_id], *ids])
-
-    def encode(texts):
-        joined = "".join(bos + text for text in texts)
-        # one call for all texts leaves Python to other threads
-        if joined.count(bos) == len(texts) and max(map(len, texts), default=0) <= 20_000:
-            ids = tokenizer.enc.encode_to_numpy(joined, allowed_special={bos}, disallowed_special=())
-        else:
-            ids = np.concatenate([*map(ids_of, texts)])
-        lengths = np.diff(np.flatnonzero(ids == bos_id), append=len(ids)).tolist()
-        return ids.astype(np.uint16), lengths, sum(map(len, texts))
-
+    lengths, group_starts = [], [0]
     with open(stem.with_suffix(".bin"), "wb") as f:
-        for tokens, lengths, characters in in_order(encode, groups, workers):
-            tokens.tofile(f)
-            starts.extend(accumulate(lengths, initial=starts.pop()))
-            group_starts.append(len(starts) - 1)
-            bar.update(characters)
-    np.array([len(starts) - 1, *starts, *group_starts], dtype=np.int64).tofile(stem.with_suffix(".idx"))
-    return len(starts) - 1, starts[-1]
+        for texts in tqdm(groups, stem.name, disable=None, leave=False):
+            for ids in tokenizer.encode(texts, prepend=SPECIAL_TOKENS[0], num_threads=os.cpu_count()):
+                f.write(np.array(ids, np.uint16))
+                lengths.append(len(ids))
+            group_starts.append(len(lengths))
+    starts = np.cumsum([0, *lengths])
+    np.array([len(lengths), *starts, *group_starts], np.int64).tofile(stem.with_suffix(".idx"))
+    return len(lengths), int(starts[-1])
 
 
 class TokenStore:
-    """What write_store() wrote, memory-mapped: uint16 tokens, int64 starts of documents, groups."""
+    """What write_store() wrote, memory-mapped."""
 
     def __init__(self, stem):
-        index = np.fromfile(stem.with_suffix(".idx"), dtype=np.int64)
+        index = np.fromfile(stem.with_suffix(".idx"), np.int64)
         self.starts, self.groups = index[1 : index[0] + 2], index[index[0] + 2 :].tolist()
-        self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), dtype=np.uint16, mode="r"))
+        self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), np.uint16, "r"))
 
     def batches(self, size=128):
-        """One epoch of documents as lists (starts, stops), up to `size` of one group at a time."""
+        """One epoch of documents as (starts, stops), at most `size` of one group."""
         for first, last in pairwise(self.groups):
             for i in range(first, last, size):
                 edges = self.starts[i : min(i + size, last) + 1].tolist()
@@ -688,38 +565,35 @@ BUFFER_DOCS = 1_000  # waiting documents to choose from
 
 
 def pack_rows(batches, capacity):
-    """Yield rows of exactly `capacity` tokens, each a list of (start, stop) into the flat tokens.
+    """Yield rows of `capacity` tokens, lists of (start, stop), from batches of (starts, stops).
 
-    A gap gets the longest waiting document that fits, the first come of equals. If none fits, the shortest
-    is cropped to the gap and its rest dropped. Stops when `batches` ends, before a row it cannot fill.
+    A gap gets the longest document that fits, the first of equals. If none fits, the shortest is cropped.
+    Ends before a row that it cannot fill.
 
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
     [[(0, 4), (4, 5)]]
     """
-    waiting, arrival, batches = [], count(), iter(batches)  # waiting: sorted (length, arrival, start)
+    def longest_first(document):
+        return document[0] - document[1]
+
+    waiting, batches = [], iter(batches)
     while True:
         row, gap = [], capacity
         while gap:
             while len(waiting) < BUFFER_DOCS and (batch := next(batches, None)):
-                waiting += [(stop - start, next(arrival), start) for start, stop in zip(*batch, strict=True)]
-                waiting.sort()
+                waiting += zip(*batch, strict=True)
+                waiting.sort(key=longest_first)  # a stable sort
             if not waiting:
                 return
-            at = max(0, bisect.bisect_left(waiting, (gap + 1,)) - 1)
-            at = bisect.bisect_left(waiting, (waiting[at][0],))
-            length, _, start = waiting.pop(at)
-            length = min(length, gap)
-            row.append((start, start + length))
-            gap -= length
+            shortest = longest_first(waiting[-1])
+            start, stop = waiting.pop(bisect.bisect_left(waiting, min(-gap, shortest), key=longest_first))
+            row.append((start, min(stop, start + gap)))
+            gap -= min(stop - start, gap)
         yield row
 
 
 def make_dataloader(tokenizer, B, T, split, device=None):
-    """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS.
-
-    A thread packs two batches ahead, each in its own host buffer. On CUDA the buffer is pinned and copied
-    asynchronously: torch reuses a pinned buffer only after its copies have ended.
-    """
+    """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS."""
     if split not in ("train", "val") or min(B, T) < 1:
         raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
     import torch
@@ -733,16 +607,14 @@ def make_dataloader(tokenizer, B, T, split, device=None):
             epoch += 1
             yield from store.batches()
 
-    def next_batch(rows):
-        tokens = store.rows(list(islice(rows, B)), T + 1)
-        batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
-        batch.numpy()[0], batch.numpy()[1] = tokens[:, :-1], tokens[:, 1:]
-        return batch, epoch
-
     def read():
-        for batch, of_epoch in in_order(next_batch, repeat(pack_rows(epochs(), T + 1)), workers=1):
-            inputs, targets = batch.to(device, non_blocking=True)
-            yield inputs, targets, of_epoch
+        rows = pack_rows(epochs(), T + 1)
+        while True:
+            tokens = store.rows(list(islice(rows, B)), T + 1)
+            # torch reuses a pinned buffer only after its copies
+            batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
+            batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
+            yield *batch.to(device, non_blocking=True), epoch
 
     return read()
 
@@ -756,45 +628,42 @@ evaluated = []  # types of the models scored
 
 
 class Refused(Exception):
-    """The model or the run gets no score; says why."""
+    """Why a model or a run gets no score."""
 
 
 def bytes_of_tokens(tokenizer):
     """UTF-8 bytes of each token, 0 for specials: int64 [vocab_size]."""
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    lengths[list(tokenizer.ranks.values())] = [len(token) for token in tokenizer.ranks]
-    return lengths
+    return np.array([*map(len, sorted(tokenizer.ranks, key=tokenizer.ranks.get)), *[0] * len(SPECIAL_TOKENS)])
 
 
 def validation_rows():
-    """The fixed rows to score, int64 [rows, T + 1]; raises Refused if the file was changed."""
+    """The rows to score, int64 [rows, T + 1]; raises Refused if they were changed."""
     import torch
 
     path, manifest = current_folder() / "val_rows.bin", read_manifest()
     if sha256_of(path) != manifest["files"][path.name][1]:
-        raise Refused(f"{path} is not what was prepared; prepare the data again")
-    rows = np.fromfile(path, dtype=np.uint16).reshape(-1, manifest["seq_len"] + 1)
+        raise Refused(f"{path} is not what was prepared; prepare it again")
+    rows = np.fromfile(path, np.uint16).reshape(-1, manifest["seq_len"] + 1)
     return torch.from_numpy(rows.astype(np.int64))
 
 
 def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     """Bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]. Lower is better.
 
-    The metric: the cost in bits of the targets of the validation rows, over their UTF-8 bytes. Special
-    tokens count in neither. The loss is computed here, from the logits, in fp32, and summed in fp64. Each row
-    is read once, in batches of at most EVAL_ROWS, halved when out of memory.
-    `inspect(cost, inputs, targets)` may add checks, as an Inspector does; it returns cost(inputs, targets).
-    `tokenizer` is ignored, since it could be changed: the prepared one counts. Raises Refused.
+    The metric: the cross-entropy of the targets in the validation rows, in bits, over their UTF-8 bytes.
+    Special tokens count in neither. It is computed in fp32, in batches that halve when out of memory.
+    `inspect(cost, inputs, targets)` may add checks; it returns cost(inputs, targets). `tokenizer` is ignored,
+    as the model could change it. Raises Refused.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     def cost(inputs, targets):
         logits = model(inputs.clone())  # the model may write to them
-        if type(logits) is not torch.Tensor or logits.shape != (*inputs.shape, len(token_bytes)):
-            shape = [*getattr(logits, "shape", "")]
-            raise Refused(f"the model returned {type(logits).__name__} {shape} for inputs {[*inputs.shape]}; "
-                          f"return a tensor with {len(token_bytes)} logits per token")
+        shape = *inputs.shape, len(token_bytes)
+        if type(logits) is not torch.Tensor or logits.shape != shape:
+            raise Refused(f"the model returned {type(logits).__name__} {getattr(logits, 'shape', '')}, "
+                          f"not a tensor of logits {shape}")
         with torch.autocast(device.type, enabled=False):
             logits = logits.detach().float()
             if not torch.isfinite(logits).all():
@@ -804,12 +673,12 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     evaluated.append(type(model))
     rows, token_bytes = validation_rows(), torch.from_numpy(bytes_of_tokens(Tokenizer.from_directory()))
     device = next((p.device for p in model.parameters()), default_device())
-    batch = min(int(batch_size), EVAL_ROWS)
+    batch = max(1, min(int(batch_size), EVAL_ROWS))
     training, nats, size, at = model.training, 0.0, 0, 0
     model.eval()
     with torch.no_grad():
         while at < len(rows):
-            ids = rows[at : at + max(1, batch)]
+            ids = rows[at : at + batch]
             inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
             try:
                 costs = inspect(cost, inputs, targets) if inspect else cost(inputs, targets)
@@ -826,7 +695,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
 
 
 class Inspector:
-    """Passed to evaluate_bpb as `inspect`: probes random batches of `rows`, (n, T + 1), for leaks."""
+    """Probes random batches of `rows`, (n, T + 1), for leaks, as `inspect` of evaluate_bpb."""
 
     def __init__(self, rows):
         self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
@@ -841,18 +710,16 @@ class Inspector:
             for _ in range(REPEATS):  # a model that remembers later rows shows it here
                 self.probe(cost, *self.first)
             edges = torch.cat(self.edges)
-            gain, change = float(edges.mean()), float(edges.abs().mean())
-            if gain > MEAN_GAIN or change > MEAN_CHANGE:
-                raise Refused("the model sees the future or other rows: other tokens there change what a "
-                              f"target costs by {change:.2g} nats")
-        self.scored += len(inputs)
+            change = float(edges.abs().mean())
+            if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
+                raise Refused(f"the model sees the future or other rows: {change:.2g} nats a target")
+        self.scored += len(inputs)  # unless out of memory
         return nats
 
     def probe(self, cost, inputs, targets, nats=None):
         """Raise Refused if tokens that the model must not see change the cost of a target.
 
-        Each row keeps a prefix; another row replaces the rest. One prefix is the whole row: other rows must
-        not matter. Unless `nats` is known, the mixed rows come before the true ones.
+        Each row keeps a prefix (one row: all) and gets the rest of another row. Mixed rows come first.
         """
         import torch
 
@@ -866,29 +733,27 @@ class Inspector:
         nats = cost(inputs, targets) if nats is None else nats
         change = (mixed - nats) * seen
         self.edges.append(change.gather(1, kept - 1))  # where leaks show most
-        if not float(change.abs().max()) <= ONE_CHANGE:  # nan is refused, too
-            row, at = divmod(int(change.abs().argmax()), T)
-            others[row] = inputs[row]
-            again, beside = (cost(idx, targets) - nats for idx in (inputs, others))
-            if float(again.abs().max()) > ONE_CHANGE:
-                raise Refused("two forwards of an input differ: logits must not be random or remember it")
-            if float(beside[row].abs().max()) > ONE_CHANGE:
-                raise Refused("the logits of a row depend on the other rows, or on earlier ones")
-            raise Refused(f"the model sees the future: tokens from {lengths[row]} on change what target {at} "
-                          f"costs by {float(change[row, at]):.2g} nats")
-        return nats
+        if float(change.abs().max()) <= ONE_CHANGE:
+            return nats
+        row, at = divmod(int(change.abs().argmax()), T)
+        others[row] = inputs[row]
+        again, beside = (cost(idx, targets) - nats for idx in (inputs, others))
+        if float(again.abs().max()) > ONE_CHANGE:
+            raise Refused("two forwards of an input differ: logits must not be random or remember it")
+        if float(beside[row].abs().max()) > ONE_CHANGE:
+            raise Refused("the logits of a row depend on the other rows, or on earlier ones")
+        raise Refused(f"the model sees the future: tokens from {lengths[row]} on change the cost of target "
+                      f"{at} by {float(change[row, at]):.2g} nats")
 
 
 # === 7. main: prepare one corpus and make it current ===
 
 
 def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
-    """Gather the corpus `data`, build its tokenizer and tokens if needed, and make it current."""
-    settings, name = SCALES[scale], data
-    num_shards, vocab_size = num_shards or settings["num_shards"], vocab_size or settings["vocab_size"]
-    if data not in CORPORA:
-        path = Path(data).expanduser().absolute()
-        name = f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    """Gather the corpus `data`, build what is missing, and make it current."""
+    settings, path = SCALES[scale], Path(data).expanduser().absolute()
+    num_shards = num_shards or settings["num_shards"]
+    name = data if data in CORPORA else f"{path.stem}-{digest(str(path))[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", os.getpid()):
@@ -896,87 +761,78 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
         stamp = num_shards  # of python too: new packages must not change its rows
         if data not in CORPORA:
             stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
-        spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"],
-                    vocab_size=max(260, vocab_size), text=digest(stamp))
-        size = sum(map(text_size, files))
-        print(f"text:      {name}, {len(files):,} files, {size / 1e6:,.0f} MB", flush=True)
+        spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], text=digest(stamp),
+                    vocab_size=max(260, vocab_size or settings["vocab_size"]))  # 256 bytes, 4 specials
         manifest = {}
         with contextlib.suppress(PrepareError):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
-            manifest = build(folder, spec, vocab_size, settings["val_rows"], train, val, size)
+            build(folder, spec, train, val, sum(map(text_size, files)))
+            manifest = read_manifest(folder)
         if scale != "small":
             download_kernel()
-        write_text(cache_root() / "current", folder.name + "\n")
-    print(f"tokens:    {manifest['train_tokens']:,} in {manifest['train_docs']:,} documents to train on, "
-          f"{manifest['val_rows']:,} rows of {manifest['seq_len']} to validate, "
-          f"vocabulary {manifest['vocab_size']:,}")
-    print(f"ready:     {folder} ({2 * manifest['train_tokens'] / 1e6:,.0f} MB)\nnext:      uv run train.py")
+        write_text(cache_root() / "current", folder.name)
+    print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
+          "vocabulary {vocab_size:,}".format(**manifest))
+    print(f"ready:     {folder}\nnext:      uv run train.py")
 
 
-def build(folder, spec, vocab_size, val_rows, train, val, size):
-    """Build the files beside the old ones, install them when complete, return the manifest."""
-    building = folder / "building"
+def build(folder, spec, train, val, size):
+    """Build folder/ready, which read_manifest() installs, also after a kill."""
+    building, capacity = folder / "building", spec["seq_len"] + 1
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    check_space(folder, size * (2 if vocab_size == 256 else 1))  # a token takes 2 bytes
-    with progress_bar("tokenizer", min(size, TRAIN_CHARS)) as bar:
-        tokenizer = Tokenizer.train(train(), vocab_size, bar)
+    check_space(folder, size)  # a token takes 2 bytes and stands for 2 or more
+    print(f"text:      {size / 1e6:,.0f} MB to train the tokenizer and to tokenize", flush=True)
+    tokenizer = Tokenizer.train(train(), spec["vocab_size"])
     tokenizer.save(building)
-    with progress_bar("tokenize", size) as bar:
-        docs, tokens = write_store(tokenizer, train(), building / "train", os.cpu_count(), bar)
-        val_docs, val_tokens = write_store(tokenizer, val(), building / "val", os.cpu_count(), bar)
-    if not docs or val_tokens <= spec["seq_len"]:
-        raise PrepareError(f"{docs} documents to train on and {val_docs} to validate ({val_tokens} tokens) "
-                           "are too few; give more text, 100 KB or so")
-    store, capacity = TokenStore(building / "val"), spec["seq_len"] + 1
-    rows = list(islice(pack_rows(store.batches(), capacity), val_rows))
+    docs, tokens = write_store(tokenizer, train(), building / "train")
+    _, val_tokens = write_store(tokenizer, val(), building / "val")
+    if not docs or val_tokens < capacity:
+        raise PrepareError(f"{docs} documents to train on and {val_tokens} tokens to validate are too few; "
+                           "give more text")
+    store = TokenStore(building / "val")
+    rows = list(islice(pack_rows(store.batches(), capacity), SCALES[spec["scale"]]["val_rows"]))
     store.rows(rows, capacity).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
-    text = json.dumps(dict(manifest, digest=digest(manifest)), indent=1)
-    write_text(building / "manifest.json", text + "\n")
+    manifest["digest"] = digest(manifest)
+    (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     os.replace(building, folder / "ready")
-    install(folder)
-    return manifest
 
 
 def main():
     sys.stdout = Output(sys.stdout)
-    parser = argparse.ArgumentParser(
-        description="Prepare a corpus for train.py: text, tokenizer, tokens. Once.")
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see: uv run prepare.py --help\n")
+    parser = argparse.ArgumentParser(description="Prepare a corpus for train.py, once.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     option = parser.add_argument
     option("--data", default="climbmix", metavar="NAME|PATH",
-           help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix; "
-           "python is the source in this environment and needs no network)")
+           help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix and tinystories, about 250 MB of text each; -1 for all "
-           "(default: 10, at small scale 1)")
+           help="of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small scale: 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with the 4 special tokens; 256 for the bytes beside them "
-           "(default: 8192, at small scale 2048)")
+           help="with 4 special tokens; 256: bytes only (default: 8192; small scale: 2048)")
     option("--scale", choices=SCALES,
            help="full: rows of 2048 for a GPU of 40 GB or more; medium: the same for other GPUs; "
            "small: rows of 512 for a CPU (default: what suits this machine)")
     option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
-    for name, low, high, other in (("num_shards", 1, LAST_SHARD, -1), ("vocab_size", 260, 2**16, 256),
-                                   ("download_workers", 1, 64, 8)):
-        value = getattr(args, name)
+    for name, low, high, other in (("num-shards", 1, LAST_SHARD, -1), ("vocab-size", 260, 2**16, 256),
+                                   ("download-workers", 1, 64, 8)):
+        value = getattr(args, name.replace("-", "_"))
         if value not in (None, other) and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value} is not from {low} to {high}, nor {other}")
+            parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
-        parser.error(f"--data {args.data} is no corpus ({', '.join(CORPORA)}), file or folder")
+        parser.error(f"--data {args.data} is no corpus, file or folder")
     try:
         scale = args.scale or device_scale()
         prepare(args.data, scale, args.num_shards, args.vocab_size, args.download_workers)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same in {cache_root()}; wait for it, or stop it")
+        sys.exit(f"error: process {holder} prepares the same; wait or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:
-        sys.exit(f"error: {error}; fix that, or set AUTORESEARCH_CACHE to a writable folder with room")
+        sys.exit(f"error: {error}; fix it or set AUTORESEARCH_CACHE")
 
 
 if __name__ == "__main__":

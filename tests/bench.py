@@ -93,31 +93,30 @@ def bench_loader(shards):
 
 
 def prepared(root, *args):
-    """(seconds, peak MB, output) of `prepare.py args` as a process, in the cache `root`."""
+    """(seconds, peak MB) of `prepare.py args` as a process, in the cache `root`."""
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, prepare.__file__, *map(str, args)], stdout=subprocess.PIPE, text=True,
                           env=os.environ | dict(AUTORESEARCH_CACHE=str(root))) as process:
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, output
-    return time.perf_counter() - started, usage.ru_maxrss / 1e3, output
+    return time.perf_counter() - started, usage.ru_maxrss / 1e3
 
 
 def bench_prepare(root):
     """The whole of prepare.py by size of the text, its second run, and what ten shards of 250 MB would take."""
     files, sizes, seconds = sorted(prepare.find_files("python")), [], []
-    print(f"{'prepare.py':<12} {'MB':>6} {'first, s':>9} {'peak, MB':>9} {'second, s':>10}  by part")
+    print(f"{'prepare.py':<12} {'MB':>6} {'first, s':>9} {'peak, MB':>9} {'second, s':>10}")
     for every in (4, 2, 1):
         folder = root / f"text-{every}"
         folder.mkdir()
         for number, path in enumerate(files[::every]):
             (folder / f"{number}.py").symlink_to(path)
-        first, peak, output = prepared(root, "--data", folder, "--scale", "small")
-        second, _, _ = prepared(root, "--data", folder, "--scale", "small")
+        first, peak = prepared(root, "--data", folder, "--scale", "small")
+        second, _ = prepared(root, "--data", folder, "--scale", "small")
         sizes.append(sum(path.stat().st_size for path in files[::every]) / 1e6)
         seconds.append(first)
-        parts = "; ".join(" ".join(line.split()) for line in output.splitlines() if "MB/s" in line)
-        print(f"{'':<12} {sizes[-1]:>6.0f} {first:>9.1f} {peak:>9.0f} {second:>10.1f}  {parts}", flush=True)
+        print(f"{'':<12} {sizes[-1]:>6.0f} {first:>9.1f} {peak:>9.0f} {second:>10.1f}", flush=True)
     slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
     print(f"{'':<12} {slope:.3f} s a MB more: 2,500 MB in {seconds[-1] + slope * (2_500 - sizes[-1]):.0f} s")
 

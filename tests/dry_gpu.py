@@ -332,7 +332,7 @@ def child(settings):
 
     import prepare
 
-    prepare.GPU_FILES = ("null",)  # a file of /dev
+    prepare.GPU_FILES = ("/dev/null",)  # exists
     prepare.prepare(str(Path(importlib.util.find_spec("torch").origin).parent / "_inductor"), prepare.device_scale())
     import train
 

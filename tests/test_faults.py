@@ -199,7 +199,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(cache):
 # Damage
 
 FILES = ["current", "manifest.json", "tokenizer.tiktoken", "train.bin", "train.idx", "val.bin", "val.idx",
-         "val_rows.bin", "shards/verified.json", "shards/shard_00000.parquet"]
+         "val_rows.bin", "shards/shard_00000.parquet"]
 
 
 @pytest.mark.parametrize("how", ["a bit flipped", "cut short", "missing"])
@@ -244,7 +244,8 @@ def test_odd_text_is_prepared(tmp_path):
     rng, folder = random.Random(6), tmp_path / "text"
     folder.mkdir()
     (folder / "enormous.txt").write_text("x" * 100_000)
-    (folder / "one word.jsonl").write_text(json.dumps(dict(text=" " * 300_000 + "y" * 300_000)) + "\n\n")
+    runs = " " * 1_200_000 + "y" * 300_000 + "=" * 400_000
+    (folder / "one word.jsonl").write_text(json.dumps(dict(text=runs)) + "\n\n")
     (folder / "one line.jsonl").write_text(json.dumps(dict(text=document(rng, 1_000_000).replace("\n", " "))) + "\n\n")
     (folder / "no utf8.txt").write_bytes(random.Random(7).randbytes(100_000))
     (folder / "empty.txt").touch()

@@ -73,7 +73,7 @@ def test_a_user_without_an_account_can_train(toy, monkeypatch):
 def test_data_for_a_gpu_are_refused_on_a_cpu(toy, monkeypatch):
     manifest = prepare.read_manifest() | dict(scale="full")
     monkeypatch.setattr(referee, "read_manifest", lambda thorough=False: manifest)
-    with pytest.raises(prepare.PrepareError, match="scale full, for a CUDA GPU, but there is none; .*--scale small"):
+    with pytest.raises(prepare.PrepareError, match="scale full, for a CUDA GPU, and torch finds none; .*--scale small"):
         train.main()
 
 
@@ -92,7 +92,7 @@ COMPILE_FAULTS = {
     "noexec": ("mount(b'size=64m', 8)", "failed to map segment"),
 }
 COMPILE = """
-import ctypes, os, sys, tempfile, train
+import ctypes, os, sys, tempfile, referee, train
 
 def mount(options, flags=0):
     libc = ctypes.CDLL(None)
@@ -102,6 +102,8 @@ def mount(options, flags=0):
 
 {fault}
 tempfile.tempdir = None
+referee.REPOSITORY = "{folder}"  # of no results.tsv
+referee.PRISTINE = referee.fingerprint()
 for name, value in dict(DEPTH=1, N_EMBD=64, HEAD_DIM=32, TOTAL_BATCH=1024, COMPILE=True).items():
     setattr(train, name, value)
 train.main()

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import sys
-import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -17,11 +16,8 @@ import torch
 from conftest import document, start
 from hub import write_shard
 from torch import nn
-from tqdm import tqdm
 
 import prepare
-
-QUIET = tqdm(disable=True)
 
 
 def tokenizer_of(ranks):
@@ -118,13 +114,6 @@ def test_a_preparation_killed_at_any_rename_leaves_the_old_state_or_the_new(toy,
         assert prepare.current_folder() == folder and again(folder.parent) == new
         kills += 1
     assert old != new and kills > 5 and all(found in (old, new) for found in seen) and old in seen and new in seen
-
-
-def test_in_order_keeps_order_and_hands_on_errors():
-    assert list(prepare.in_order(lambda i: time.sleep(random.random() / 500) or i, range(100), 4)) == list(range(100))
-    for wrong in range(10):
-        with pytest.raises(ZeroDivisionError):
-            list(prepare.in_order(lambda i, wrong=wrong: 1 / (i - wrong), range(10), 2))
 
 
 # ======================================================================================================================
@@ -437,7 +426,7 @@ def live(tokenizer, texts):
 def test_the_store_holds_what_live_encoding_gives_in_its_groups(in_climbmix, tmp_path):
     rng = random.Random(6)
     groups = [TEXTS, [document(rng, rng.randrange(3_000)) for _ in range(300)], [""], [document(rng, 500)] * 129]
-    docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split", 3, QUIET)
+    docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split")
     store = prepare.TokenStore(tmp_path / "split")
     found = [[store.tokens[a:b].tolist() for a, b in zip(*batch, strict=True)] for batch in store.batches()]
     expected = [live(in_climbmix, texts[at : at + 128]) for texts in groups for at in range(0, len(texts), 128)]
@@ -509,7 +498,7 @@ def test_a_batch_is_int64_shifted_by_one_and_led_by_bos(toy):
     loader.close()
 
 
-def test_a_batch_stays_as_it_is_while_the_thread_packs_ahead(toy):
+def test_a_batch_stays_as_it_is_when_the_next_is_packed(toy):
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
     store = prepare.TokenStore(toy / "train")
     rows = prepare.pack_rows((batch for _ in range(10) for batch in store.batches()), 65)
@@ -520,7 +509,7 @@ def test_a_batch_stays_as_it_is_while_the_thread_packs_ahead(toy):
     loader.close()
 
 
-def test_an_error_in_the_feeding_thread_reaches_the_reader(toy, monkeypatch):
+def test_an_error_in_packing_reaches_the_reader(toy, monkeypatch):
     def breaking(*args):
         yield from islice(packed(*args), 8)
         raise OSError("disk gone")
@@ -531,18 +520,6 @@ def test_an_error_in_the_feeding_thread_reaches_the_reader(toy, monkeypatch):
     assert len(list(islice(loader, 2))) == 2
     with pytest.raises(OSError, match="disk gone"):
         next(loader)
-
-
-def test_closing_the_loader_ends_its_thread(toy):
-    before = set(threading.enumerate())
-    loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
-    next(loader)
-    assert set(threading.enumerate()) - before
-    loader.close()
-    deadline = time.monotonic() + 5
-    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not left
 
 
 @pytest.mark.parametrize("B, T, split", [(0, 8, "train"), (8, 0, "train"), (8, 8, "test")])
