@@ -96,28 +96,27 @@ def write_text(path, text):
 def append_line(path, line):
     """Append `line` and sync; first a newline, as a kill may have left half a line."""
     with open(path, "a", encoding="utf-8") as f:
-        f.write(f"\n{line}\n")
-        f.flush()
+        print(f"\n{line}", file=f, flush=True)
         os.fsync(f.fileno())
 
 
-def lock_file(path, owner, pauses=(0.1, 0.1, 0.1, 0)):
+def lock_file(path, owner, tries=4):
     """Lock `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    for pause in pauses:  # lock_holder() takes a lock for a moment
+    for _ in range(tries):  # lock_holder() takes a lock for a moment
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(owner, file=file, flush=True)
             return file
-        time.sleep(pause)
+        time.sleep(0.1)
     raise BlockingIOError(path.read_text().strip())
 
 
 def lock_holder(path):
     """The owner of the lock `path`, "" if it is free."""
     try:
-        lock_file(path, "", pauses=[0]).close()
+        lock_file(path, "", tries=1).close()
     except BlockingIOError as owner:
         return str(owner)
     return ""
@@ -189,10 +188,10 @@ def default_device():
     """CUDA, MPS or the CPU, the first there is; the CPU if CUDA_VISIBLE_DEVICES is empty."""
     import torch
 
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return torch.device("cpu")
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return torch.device("cuda" if torch.cuda.is_available() else mps)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    mps = torch.backends.mps.is_available() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return torch.device("mps" if mps else "cpu")
 
 
 def device_scale():
@@ -206,8 +205,8 @@ def device_scale():
     except (RuntimeError, AssertionError) as error:
         if "no NVIDIA driver" in str(error) or "No CUDA GPUs" in str(error):
             return "small"
-        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU ({str(error)[:80]}); update "
-                           "its driver (R580 or later), or prepare for the CPU: --scale small") from None
+        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {str(error)[:78]}; "
+                           "update its driver (R580 or later), or prepare with --scale small") from None
     if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
         return "medium"
     matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
@@ -246,7 +245,7 @@ def device_names(device):
 def mfu_percent(name, flops):
     """`flops` in percent of the dense bf16 FLOP/s of the GPU `name` (first match), or "n/a"."""
     peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12,
-             "A100": 312e12, "L40S": 362e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+             "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
     return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
 
 
@@ -273,7 +272,7 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-ATTEMPTS = 5  # each resumes the last
+WORKERS, ATTEMPTS = 8, 5  # parallel downloads; tries, each resumes the last
 VERIFIED = 10**9  # the modification time of a verified download, so that a later change shows
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -332,14 +331,14 @@ def download(url, sha256, path, bar):
                        "and run this again to resume; offline use --data python")
 
 
-def download_all(files, folder, workers):
+def download_all(files, folder):
     """Download {name: (url, sha256 or None)} into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
     missing = [name for name in files if name not in verified]
     print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
     check_space(folder, SHARD_SIZE * len(missing))
-    with tqdm(unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(workers) as pool:
+    with tqdm(unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda name: download(*files[name], folder / name, bar), missing))
 
 
@@ -433,7 +432,7 @@ def text_size(path):
     return path.stat().st_size * (3 if path.suffix == ".parquet" else 1)
 
 
-def gather(data, shards, num_shards, workers):
+def gather(data, shards, num_shards):
     """Download or find `data`. Returns (train, val, files); train() and val() yield lists of documents."""
     wanted, limit, num_shards = {}, None, LAST_SHARD if num_shards == -1 else num_shards
     if data == "climbmix":
@@ -446,7 +445,7 @@ def gather(data, shards, num_shards, workers):
     elif data == "shakespeare":
         wanted["input.txt"] = SHAKESPEARE
     if wanted:
-        download_all(wanted, shards, workers)
+        download_all(wanted, shards)
     files = [shards / name for name in wanted] or find_files(data)
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:]), files
@@ -749,7 +748,7 @@ class Inspector:
 # === 7. main: prepare one corpus and make it current ===
 
 
-def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
+def prepare(data, scale, num_shards=None, vocab_size=None):
     """Gather the corpus `data`, build what is missing, and make it current."""
     settings, path = SCALES[scale], Path(data).expanduser().absolute()
     num_shards = num_shards or settings["num_shards"]
@@ -757,7 +756,7 @@ def prepare(data, scale, num_shards=None, vocab_size=None, workers=8):
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", os.getpid()):
-        train, val, files = gather(data, folder / "shards", num_shards, workers)
+        train, val, files = gather(data, folder / "shards", num_shards)
         stamp = num_shards  # of python too: new packages must not change its rows
         if data not in CORPORA:
             stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
@@ -815,18 +814,15 @@ def main():
     option("--scale", choices=SCALES,
            help="full: rows of 2048 for a GPU of 40 GB or more; medium: the same for other GPUs; "
            "small: rows of 512 for a CPU (default: what suits this machine)")
-    option("--download-workers", type=int, default=8, metavar="N", help="default: 8")
     args = parser.parse_args()
-    for name, low, high, other in (("num-shards", 1, LAST_SHARD, -1), ("vocab-size", 260, 2**16, 256),
-                                   ("download-workers", 1, 64, 8)):
-        value = getattr(args, name.replace("-", "_"))
-        if value not in (None, other) and not low <= value <= high:
-            parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
+    if args.num_shards not in (None, -1, *range(1, LAST_SHARD + 1)):
+        parser.error(f"--num-shards {args.num_shards} is not from 1 to {LAST_SHARD}, nor -1")
+    if args.vocab_size not in (None, 256, *range(260, 2**16 + 1)):
+        parser.error(f"--vocab-size {args.vocab_size} is not from 260 to {2**16}, nor 256")
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
         parser.error(f"--data {args.data} is no corpus, file or folder")
     try:
-        scale = args.scale or device_scale()
-        prepare(args.data, scale, args.num_shards, args.vocab_size, args.download_workers)
+        prepare(args.data, args.scale or device_scale(), args.num_shards, args.vocab_size)
     except BlockingIOError as holder:
         sys.exit(f"error: process {holder} prepares the same; wait or stop it")
     except KeyboardInterrupt:

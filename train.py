@@ -39,6 +39,9 @@ VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SHIFT_KEYS = False  # half of each key comes from the previous token; not tried on a GPU
+NGRAMS = ()  # orders n of hashed n-grams whose embeddings are added to the tokens'; not tried on a GPU
+NGRAM_ROWS = 2**15  # of the table of each order
+RECALL = ()  # orders n: what followed the last n tokens earlier in the row is added, too; not tried on a GPU
 SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed
@@ -73,6 +76,8 @@ if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows
     MATRIX_LR, EMBED_LR, HEAD_LR = 0.02, 0.05, 0.002  # tried .04, .2, .008: +0.02; .01, .03, .001: +0.015
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
     SHIFT_KEYS = True  # tried False: +0.035
+    NGRAMS = (2, 3)  # tried (): +0.05 (+0.08 without RECALL), (2,): +0.017
+    RECALL = (2, 4)  # tried (): +0.05
     WINDOW_PATTERN, SOFTCAP = "L", 0.0
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     COMPILE = False
@@ -99,6 +104,9 @@ class GPTConfig:
     dtype: torch.dtype  # of activations; weights are kept in fp32
     attention: str  # see attention_kernel()
     shift_keys: bool = False
+    ngrams: tuple = ()
+    ngram_rows: int = 0
+    recall: tuple = ()
 
     def has_value_embed(self, layer):
         return self.value_embed_every > 0 and (
@@ -112,6 +120,26 @@ def layer_windows(pattern, n_layer, short_window, sequence_len):
         raise ValueError(f"WINDOW_PATTERN = {pattern!r} may hold the letters S and L only")
     widths = dict(S=min(short_window, sequence_len), L=sequence_len)
     return [widths[letter] for letter in islice(cycle(pattern), n_layer - 1)] + [sequence_len]
+
+
+def hash_ngrams(idx, n, rows):
+    """A number below `rows` for the last n tokens at each position of idx (B, T)."""
+    key = idx
+    for i in range(1, n):
+        key = key * 1_000_003 + F.pad(idx, (i, 0))[:, : idx.size(1)]
+    return key % rows
+
+
+def recall(idx, n, vocab_size):
+    """The token after the last earlier occurrence of the last n tokens, vocab_size if there is none: (B, T).
+
+    An induction head (arXiv 2209.11895) has to learn this. A stable sort by n-gram puts that occurrence
+    before the present one. The token after it is the present one at the latest, not of the future.
+    """
+    key, order = hash_ngrams(idx, n, 2**62).sort(dim=1, stable=True)
+    found = F.pad(key[:, 1:] == key[:, :-1], (1, 0))
+    follower = idx.roll(-1, 1).gather(1, F.pad(order[:, :-1], (1, 0)))
+    return torch.empty_like(idx).scatter_(1, order, follower.where(found, vocab_size))
 
 
 def norm(x):
@@ -137,15 +165,14 @@ def flash_attention_3():
         print(f"no FlashAttention-3, torch's own kernel instead ({one_line(error)})")
 
 
-def attention_kernel(device, dtype, sequence_len):
+def attention_kernel(device, dtype):
     """The fastest `kernel` for attend().
 
-    "fa3" on Hopper, if it loads. "varlen", torch's flash kernel, for other bf16 on CUDA, from sm_80 on.
-    "dense", which stores the scores (B, H, T, T), for short rows on a CPU. Otherwise "sdpa".
+    "fa3" on Hopper, if it loads. "varlen", torch's flash kernel, for other bf16 on CUDA. Otherwise "sdpa".
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         return "fa3" if torch.cuda.get_device_capability() == (9, 0) and flash_attention_3() else "varlen"
-    return "dense" if device.type == "cpu" and sequence_len <= 512 else "sdpa"
+    return "sdpa"
 
 
 def attend(q, k, v, window, kernel):
@@ -162,10 +189,6 @@ def attend(q, k, v, window, kernel):
         y = varlen_attn(q, k, v, edges, edges, T, T, window_size=(-1 if full else window, 0))
         return y.view(B, T, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if kernel == "dense":
-        hidden = torch.full((T, T), -math.inf, dtype=q.dtype, device=q.device)
-        hidden = hidden.triu(1) if full else hidden.triu(1) + hidden.tril(-window - 1)
-        return ((q * D**-0.5 @ k.mT + hidden).softmax(-1) @ v).transpose(1, 2)
     if full:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(-window)
@@ -253,6 +276,10 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
+        rows, n_embd = config.ngram_rows, config.n_embd
+        self.ngram_embeds = nn.ModuleList(nn.Embedding(rows, n_embd) for _ in config.ngrams)
+        rows = config.vocab_size + 1
+        self.recall_embeds = nn.ModuleList(nn.Embedding(rows, n_embd) for _ in config.recall)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, config.n_embd)
                                            for i in range(config.n_layer) if config.has_value_embed(i)})
         # Before each layer: x = resid * x + x0 * embedding
@@ -270,6 +297,8 @@ class GPT(nn.Module):
         self.lm_head.weight.normal_(std=0.001)
         for embed in self.value_embeds.values():
             embed.weight.uniform_(-bound, bound)
+        for embed in (*self.ngram_embeds, *self.recall_embeds):
+            embed.weight.zero_()
         for block in self.blocks:
             block.attn.c_qkv.uniform_(-bound, bound)
             block.mlp.c_fc.weight.uniform_(-bound, bound)
@@ -281,7 +310,12 @@ class GPT(nn.Module):
         if T > c.sequence_len:
             raise ValueError(f"a row of {T} tokens is longer than sequence_len {c.sequence_len}")
         cos, sin = self.cos_sin[:, :T]
-        x = x0 = norm(self.wte(idx).to(c.dtype))
+        x = self.wte(idx)
+        for n, embed in zip(c.ngrams, self.ngram_embeds, strict=True):
+            x = x + embed(hash_ngrams(idx, n, c.ngram_rows))
+        for n, embed in zip(c.recall, self.recall_embeds, strict=True):
+            x = x + embed(recall(idx, n, c.vocab_size))
+        x = x0 = norm(x.to(c.dtype))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(c.dtype) * x + self.x0_lambdas[i].to(c.dtype) * x0
             x = block(
@@ -364,6 +398,8 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     adamw_groups = [
         dict(params=[model.wte.weight], lr=embed_lr * size, weight_decay=embed_decay),
         dict(params=[*model.value_embeds.parameters()], lr=embed_lr * size, weight_decay=value_decay),
+        dict(params=[*model.ngram_embeds.parameters(), *model.recall_embeds.parameters()],
+             lr=embed_lr * size, weight_decay=0.0),
         dict(params=[model.lm_head.weight], lr=head_lr * size, weight_decay=head_decay),
         dict(params=[model.resid_lambdas], lr=resid_lr, weight_decay=0.0),
         dict(params=[model.x0_lambdas], lr=x0_lr, weight_decay=0.0, betas=(0.96, 0.95)),
@@ -485,7 +521,8 @@ def main():
             head_dim=HEAD_DIM, mlp_ratio=MLP_RATIO,
             windows=layer_windows(WINDOW_PATTERN, DEPTH, SHORT_WINDOW, T),
             value_embed_every=VALUE_EMBED_EVERY, rope_base=ROPE_BASE, qk_gain=QK_GAIN, softcap=SOFTCAP,
-            dtype=dtype, attention=attention_kernel(run.device, dtype, T), shift_keys=SHIFT_KEYS,
+            dtype=dtype, attention=attention_kernel(run.device, dtype), shift_keys=SHIFT_KEYS,
+            ngrams=NGRAMS, ngram_rows=NGRAM_ROWS, recall=RECALL,
         )
         model = GPT(config).to(run.device)
         decay = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)

@@ -60,7 +60,7 @@ def prepare_corpus(root):
     write_corpus(root / "hub")
     with Hub(root / "hub") as hub:
         os.environ |= dict(AUTORESEARCH_CACHE=str(root / "cache"), HF_ENDPOINT=hub.endpoint, NO_PROXY="*")
-        prepare.prepare("climbmix", "full", 1, VOCAB_SIZE, 2)
+        prepare.prepare("climbmix", "full", 1, VOCAB_SIZE)
     return [root / "hub/shard_00000.parquet"]
 
 

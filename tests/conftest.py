@@ -207,7 +207,7 @@ def toy(toy_text):
     """The folder of a small prepared corpus, current in the cache of this session: rows of 256, vocabulary 512."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prepare.SCALES["small"], "seq_len", 256)  # half the work for the models
-        prepare.prepare(str(toy_text), "small", None, 512, 2)
+        prepare.prepare(str(toy_text), "small", None, 512)
     return prepare.current_folder()
 
 
@@ -250,5 +250,5 @@ def climbmix(climbmix_like, tmp_path_factory):
     with Hub(climbmix_like) as served, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(root))
         patch.setenv("HF_ENDPOINT", served.endpoint)
-        prepare.prepare("climbmix", "full", 2, 512, 2)
+        prepare.prepare("climbmix", "full", 2, 512)
     return root, sorted(Path(climbmix_like).iterdir())

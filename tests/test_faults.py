@@ -17,7 +17,7 @@ from hub import Hub, write_shard
 
 import prepare
 
-ARGS = ["--num-shards", "2", "--scale", "small", "--vocab-size", "400", "--download-workers", "2"]
+ARGS = ["--num-shards", "2", "--scale", "small", "--vocab-size", "400"]
 
 
 def outcome(process):
@@ -180,13 +180,13 @@ def test_the_space_needed_is_told_before(tmp_path):
 @pytest.mark.parametrize("call", ["download", "build"])
 def test_a_disk_too_small_is_told_before_it_is_filled(served, cache, monkeypatch, call):
     if call == "build":
-        prepare.prepare("climbmix", "small", 2, 400, 2)
+        prepare.prepare("climbmix", "small", 2, 400)
         for path in (cache / "climbmix-small").glob("*.*"):  # all but the shards
             path.unlink()
     usage = shutil.disk_usage(cache.parent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(prepare.PrepareError, match="GB free; make room"):
-        prepare.prepare("climbmix", "small", 2, 400, 2)
+        prepare.prepare("climbmix", "small", 2, 400)
     assert not list(cache.rglob("*.bin"))
 
 
@@ -217,7 +217,7 @@ def test_damage_is_found_and_repaired(sound, served, tmp_path, monkeypatch, name
     if not name.startswith("shards"):
         with pytest.raises(prepare.PrepareError, match=r"run: uv run prepare.py"):
             prepare.read_manifest(thorough=True)
-    prepare.prepare("climbmix", "small", 2, 400, 2)
+    prepare.prepare("climbmix", "small", 2, 400)
     assert contents(cache) == contents(sound)
 
 
@@ -228,7 +228,7 @@ def test_a_cache_of_another_version_is_made_anew(sound, served, tmp_path, monkey
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(format=0)))
     with pytest.raises(prepare.PrepareError, match="it has format 0, not"):
         prepare.read_manifest()
-    prepare.prepare("climbmix", "small", 2, 400, 2)
+    prepare.prepare("climbmix", "small", 2, 400)
     assert contents(tmp_path / "cache") == contents(sound) and served.log == []
 
 

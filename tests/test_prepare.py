@@ -98,7 +98,7 @@ def test_a_preparation_killed_at_any_rename_leaves_the_old_state_or_the_new(toy,
 
     def again(cache):
         monkeypatch.setenv("AUTORESEARCH_CACHE", str(cache))
-        prepare.prepare(str(toy_text), "small", None, 400, 2)
+        prepare.prepare(str(toy_text), "small", None, 400)
         return state(prepare.current_folder())
 
     replace, old, new, seen, kills = os.replace, state(toy), again(tmp_path / "new"), [], 0
@@ -121,7 +121,7 @@ def test_a_preparation_killed_at_any_rename_leaves_the_old_state_or_the_new(toy,
 
 
 def fetch(folder, *names):
-    prepare.download_all({name: (prepare.hub_url("owner/data", name), None) for name in names}, folder, 2)
+    prepare.download_all({name: (prepare.hub_url("owner/data", name), None) for name in names}, folder)
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_the_python_corpus_is_this_environment():
 def test_tinystories_comes_from_the_hub(hub, cache):
     rng = random.Random(5)
     write_shard(hub.folder / "tinystories_gpt4_clean.parquet", [[document(rng, 600) for _ in range(400)]])
-    prepare.prepare("tinystories", "small", 1, 300, 2)
+    prepare.prepare("tinystories", "small", 1, 300)
     manifest = prepare.read_manifest(prepare.current_folder())
     assert (manifest["data"], manifest["scale"], manifest["vocab_size"]) == ("tinystories", "small", 300)
     assert 300 < manifest["train_docs"] < 400
@@ -395,7 +395,7 @@ def test_tokens_that_are_no_utf8_count_their_raw_bytes(in_climbmix, twin):
 
 
 def test_a_vocabulary_of_256_is_the_bytes(toy_text, cache):
-    prepare.prepare(str(toy_text), "small", None, 256, 2)
+    prepare.prepare(str(toy_text), "small", None, 256)
     tokenizer = prepare.Tokenizer.from_directory()
     assert tokenizer.get_vocab_size() == prepare.read_manifest(prepare.current_folder())["vocab_size"] == 260
     assert tokenizer.encode("aé🙂", prepend=tokenizer.get_bos_token_id()) == [256, *"aé🙂".encode()]
@@ -405,14 +405,14 @@ def test_a_vocabulary_of_256_is_the_bytes(toy_text, cache):
 def test_too_little_text_to_hold_any_out_says_so(tmp_path, cache, length):
     (tmp_path / "a.txt").write_text(document(random.Random(7), length), encoding="utf-8")
     with pytest.raises(prepare.PrepareError, match="more text"):
-        prepare.prepare(str(tmp_path / "a.txt"), "small", None, 256, 2)
+        prepare.prepare(str(tmp_path / "a.txt"), "small", None, 256)
     assert not (cache / "current").exists()
 
 
 def test_too_little_text_for_the_vocabulary_says_what_would_do(tmp_path, cache):
     (tmp_path / "a.txt").write_text("abc " * 100_000)
     with pytest.raises(prepare.PrepareError, match="--vocab-size"):
-        prepare.prepare(str(tmp_path / "a.txt"), "small", None, 1_000, 2)
+        prepare.prepare(str(tmp_path / "a.txt"), "small", None, 1_000)
 
 
 # ======================================================================================================================
@@ -612,7 +612,7 @@ def test_out_of_memory_halves_the_batch_and_changes_nothing_else(toy, expected):
 MISTAKES = [
     ["--num-shards", "0"], ["--data", "nowhere/at/all"], ["--data", ""], ["--num-shards", "abc"],
     ["--num-shards", "-2"], ["--num-shards", "6543"], ["--vocab-size", "259"], ["--vocab-size", "many"],
-    ["--scale", "huge"], ["--download-workers", "0"], ["--shards", "3"],
+    ["--scale", "huge"], ["--shards", "3"],
 ]
 
 
@@ -650,7 +650,7 @@ def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache):
     assert (manifest["data"], manifest["scale"], manifest["train_docs"]) == ("climbmix", "small", 6_000)
     asked = len(hub.log)
     before = (prepare.current_folder() / "manifest.json").stat().st_mtime_ns
-    prepare.prepare("climbmix", "small", 2, 600, 2)
+    prepare.prepare("climbmix", "small", 2, 600)
     assert len(hub.log) == asked == 6 and (prepare.current_folder() / "manifest.json").stat().st_mtime_ns == before
 
 
