@@ -15,7 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # else a busy machine slows threads that wait 5 times
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # CPU threads that spin longer stall beside a busy process
 if "microsoft" not in os.uname().release:  # WSL has no expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -39,9 +39,9 @@ VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SHIFT_KEYS = False  # half of each key comes from the previous token; not tried on a GPU
-NGRAMS = ()  # orders n of hashed n-grams whose embeddings are added to the tokens'; not tried on a GPU
-NGRAM_ROWS = 2**15  # of the table of each order
-RECALL = ()  # orders n: what followed the last n tokens earlier in the row is added, too; not tried on a GPU
+NGRAMS = ()  # n-grams of these orders have embeddings, added to that of the token; not tried on a GPU
+NGRAM_ROWS = 2**15  # hashed rows per order
+RECALL = ()  # for these n, also the token that last followed the same n tokens; not tried on a GPU
 SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed

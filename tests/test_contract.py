@@ -42,7 +42,7 @@ def test_dependencies_are_pinned_exactly():
 
 
 def test_options_in_the_readme_exist():
-    scripts = (ROOT / "prepare.py", ROOT / "tests/bench.py")
+    scripts = (ROOT / name for name in ("prepare.py", "tests/bench.py", "tests/dry_gpu.py"))
     offered = [subprocess.check_output([sys.executable, script, "--help"], text=True) for script in scripts]
     ours = re.sub(r"(?s)\n## A night.*?(?=\n## Data)", "", README)  # in which the commands of others stand
     assert {*re.findall(r"(--[a-z][a-z-]+)", ours)} <= {*re.findall(r"--[a-z-]+", "".join(offered))}

@@ -171,25 +171,6 @@ def test_a_full_disk_is_one_sentence(sound, served, tmp_path, size):
     assert run(tmp_path / "cache", *ARGS)[0] == 0 and contents(tmp_path / "cache") == contents(sound)
 
 
-def test_the_space_needed_is_told_before(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(prepare.PrepareError, match=rf"needs {(free + 10**10) / 1e9:.2f} GB and has"):
-        prepare.check_space(tmp_path, free + 10**10)
-
-
-@pytest.mark.parametrize("call", ["download", "build"])
-def test_a_disk_too_small_is_told_before_it_is_filled(served, cache, monkeypatch, call):
-    if call == "build":
-        prepare.prepare("climbmix", "small", 2, 400)
-        for path in (cache / "climbmix-small").glob("*.*"):  # all but the shards
-            path.unlink()
-    usage = shutil.disk_usage(cache.parent)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(prepare.PrepareError, match="GB free; make room"):
-        prepare.prepare("climbmix", "small", 2, 400)
-    assert not list(cache.rglob("*.bin"))
-
-
 @pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/cache"])
 def test_a_cache_that_cannot_be_written_is_one_sentence(cache):
     code, out, err = run(Path(cache), "--data", "python")
