@@ -43,8 +43,7 @@ SCALES = {  # see device_scale(); train.py has constants for each
 }
 FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # bytes, and FLOP/s of a bf16 matmul, that full scale needs
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # of drivers
-FLASH_ATTENTION_3 = dict(repo_id="kernels-community/flash-attn3", revision="v1",
-                         trust_remote_code=["kernels-community/flash-attn3"])
+FLASH_ATTENTION_3 = dict(repo_id="kernels-community/flash-attn3", revision="v1")
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
 SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
@@ -141,10 +140,8 @@ def read_manifest(folder=None, thorough=False):
                 os.replace(path, folder / path.name)
             ready.rmdir()
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"it has format {manifest['format']}, not {FORMAT}")
-        if manifest.pop("digest") != digest(manifest):
-            raise ValueError("its manifest was changed")
+        if manifest.pop("digest") != digest(manifest) or manifest["format"] != FORMAT:
+            raise ValueError("its manifest was changed or is old")
         for name, (size, sha256) in manifest["files"].items():
             path = folder / name
             if path.stat().st_size != size or (thorough and sha256_of(path) != sha256):
@@ -224,7 +221,7 @@ def download_kernel():
         try:
             install_kernel(**FLASH_ATTENTION_3)
         except Exception as error:  # no network, no build: many types
-            print(f"kernel:    no FlashAttention-3 ({type(error).__name__}: {str(error)[:100]})")
+            print(f"kernel:    no FlashAttention-3 ({str(error)[:100]})")
 
 
 def out_of_memory(error):
@@ -244,8 +241,8 @@ def device_names(device):
 
 def mfu_percent(name, flops):
     """`flops` in percent of the dense bf16 FLOP/s of the GPU `name` (first match), or "n/a"."""
-    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12,
-             "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12,
+             "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
     return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
 
 
@@ -804,10 +801,10 @@ def main():
            help="full: rows of 2048 for a GPU of 40 GB or more; medium: the same for other GPUs; "
            "small: rows of 512 for a CPU (default: what suits this machine)")
     args = parser.parse_args()
-    if args.num_shards not in (None, -1, *range(1, LAST_SHARD + 1)):
-        parser.error(f"--num-shards {args.num_shards} is not from 1 to {LAST_SHARD}, nor -1")
-    if args.vocab_size not in (None, 256, *range(260, 2**16 + 1)):
-        parser.error(f"--vocab-size {args.vocab_size} is not from 260 to {2**16}, nor 256")
+    for name, value, other, low, high in (("num-shards", args.num_shards, -1, 1, LAST_SHARD),
+                                          ("vocab-size", args.vocab_size, 256, 260, 2**16)):
+        if value not in (None, other, *range(low, high + 1)):
+            parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
     if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
         parser.error(f"--data {args.data} is no corpus, file or folder")
     try:
