@@ -42,7 +42,6 @@ SCALES = {  # see device_scale(); train.py has constants for each
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
 FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # bytes, and FLOP/s of a bf16 matmul, that full scale needs
-GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-ctrl", "/dev/kfd", "/dev/dxg")  # of drivers
 FLASH_ATTENTION_3 = dict(repo_id="kernels-community/flash-attn3", revision="v1")
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
@@ -99,25 +98,26 @@ def append_line(path, line):
         os.fsync(f.fileno())
 
 
-def lock_file(path, owner, tries=4):
+def lock_file(path, owner):
     """Lock `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    for _ in range(tries):  # lock_holder() takes a lock for a moment
+    for pause in (0.1, 0.1, 0.1, 0):  # lock_holder() takes a lock for a moment
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(owner, file=file, flush=True)
             return file
-        time.sleep(0.1)
+        time.sleep(pause)
     raise BlockingIOError(path.read_text().strip())
 
 
 def lock_holder(path):
     """The owner of the lock `path`, "" if it is free."""
-    try:
-        lock_file(path, "", tries=1).close()
-    except BlockingIOError as owner:
-        return str(owner)
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip()
     return ""
 
 
@@ -155,7 +155,7 @@ def current_folder():
     pointer = cache_root() / "current"
     if not pointer.exists():
         raise PrepareError(f"no prepared data in {pointer.parent}; run: uv run prepare.py [--data python]")
-    return pointer.with_name(pointer.read_text(encoding="utf-8").strip())
+    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
 
 
 def __getattr__(name):
@@ -192,22 +192,22 @@ def default_device():
 
 
 def device_scale():
-    """The scale for this machine. A matmul is timed on a GPU with memory for full scale."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not any(map(os.path.exists, GPU_FILES)):
-        return "small"  # without the slow import of torch
+    """The scale for this machine: by the memory of its GPU and, if that is enough, a timed matmul."""
     import torch
 
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not torch.backends.cuda.is_built():
+        return "small"
     try:
         torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        if "no NVIDIA driver" in str(error) or "No CUDA GPUs" in str(error):
+        if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
+            return "medium"
+        matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
+        seconds = timeit.repeat(lambda: (matrix @ matrix, torch.cuda.synchronize()), number=1, repeat=5)
+    except RuntimeError as error:
+        if re.search("no NVIDIA driver|No CUDA GPUs", str(error)):
             return "small"
-        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {str(error)[:78]}; "
-                           "update its driver (R580 or later), or prepare with --scale small") from None
-    if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
-        return "medium"
-    matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    seconds = timeit.repeat(lambda: (matrix @ matrix, torch.cuda.synchronize()), number=1, repeat=5)
+        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {str(error).split('. ')[0]}; "
+                           "update its driver (R580 or later) or free it; for a CPU: --scale small") from None
     return "full" if 2 * 8192**3 / min(seconds) >= FULL_SPEED else "medium"
 
 
@@ -231,7 +231,7 @@ def out_of_memory(error):
 
 
 def device_names(device):
-    """(name of `device` for people, name of its lock file)."""
+    """(display name, name of the lock file)."""
     import torch
 
     if device.type == "cuda":
@@ -241,8 +241,8 @@ def device_names(device):
 
 def mfu_percent(name, flops):
     """`flops` in percent of the dense bf16 FLOP/s of the GPU `name` (first match), or "n/a"."""
-    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12,
-             "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
+    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12, 
+             "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
     return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
 
 
@@ -263,14 +263,14 @@ SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-WORKERS, ATTEMPTS = 8, 5  # parallel downloads; tries, each resumes the last
+WORKERS, ATTEMPTS = 8, 5  # parallel downloads; tries in a row without progress, each resumes the last
 VERIFIED = 10**9  # the modification time of a verified download, so that a later change shows
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
 LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
 GROUP = 1_024  # documents per list
-HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # for validation: the share, up to 0.1 to get so many bytes
+HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # share for validation; up to 0.1 to reach these bytes
 
 
 def hub_url(repo, name):
@@ -285,9 +285,11 @@ def download(url, sha256, path, bar):
     part, token = path.with_name(path.name + ".part"), os.environ.get("HF_TOKEN", "").strip()
     if path.exists():  # not verified: treat it as a part
         os.replace(path, part)
-    for attempt in range(ATTEMPTS):
+    attempt = most = 0
+    while attempt < ATTEMPTS:
         time.sleep(attempt)
         have = part.stat().st_size if part.exists() else 0
+        attempt, most = (1, have) if have > most else (attempt + 1, most)  # progress starts anew
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None,
                    "Authorization": f"Bearer {token}" if token and "/datasets/" in url else None}
         try:
@@ -299,9 +301,9 @@ def download(url, sha256, path, bar):
                 if status not in (200, 206, 416):  # 416: nothing left to send
                     continue
                 told = ChainMap(*(hop.headers for hop in [response, *response.history]))
-                size = int(told.get("X-Linked-Size", 0))
-                if status != 416:
-                    with open(part, "ab" if status == 206 else "wb") as f:
+                size = int(told.get("X-Linked-Size") or told.get("Content-Range", "").rpartition("/")[2] or 0)
+                if mode := {200: "wb", 206: "ab"}.get(status):
+                    with open(part, mode) as f:
                         for block in response.iter_content(1 << 16):
                             f.write(block)
                             bar.update(len(block))
@@ -374,7 +376,8 @@ def records(path):
                     text = line.strip() and json.loads(line)["text"]
                     yield text and text.encode("utf-8", "replace").decode()  # no half surrogate pairs
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    raise PrepareError(f"{path} line {number} is no JSON object with a 'text' key") from None
+                    raise PrepareError(
+                        f"{path} line {number} is no JSON object with a 'text' key; fix it") from None
     else:
         yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
 
@@ -496,9 +499,7 @@ class Tokenizer:
         first = [] if prepend is None else [prepend]
         if isinstance(text, str):
             return first + self.enc.encode_ordinary(text)
-        if isinstance(text, list):
-            return [first + ids for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
-        raise ValueError(f"cannot encode {type(text).__name__}; give a str or a list of str")
+        return [first + ids for ids in self.enc.encode_ordinary_batch(text, num_threads=num_threads)]
 
     def decode(self, ids):
         return self.enc.decode(ids)
@@ -698,7 +699,7 @@ class Inspector:
             edges = torch.cat(self.edges)
             change = float(edges.abs().mean())
             if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
-                raise Refused(f"the model sees the future or other rows: {change:.2g} nats a target")
+                raise Refused(f"the model sees the future or other rows: costs change by {change:.2g} nats")
         self.scored += len(inputs)  # unless out of memory
         return nats
 
@@ -753,8 +754,7 @@ def prepare(data, scale, num_shards=None, vocab_size=None):
         with contextlib.suppress(PrepareError):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
-            build(folder, spec, train, val, sum(map(text_size, files)))
-            manifest = read_manifest(folder)
+            manifest = build(folder, spec, train, val, sum(map(text_size, files)))
         if scale != "small":
             download_kernel()
         write_text(cache_root() / "current", folder.name)
@@ -784,6 +784,7 @@ def build(folder, spec, train, val, size):
     manifest["digest"] = digest(manifest)
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     os.replace(building, folder / "ready")
+    return read_manifest(folder)
 
 
 def main():
@@ -794,12 +795,11 @@ def main():
     option("--data", default="climbmix", metavar="NAME|PATH",
            help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small scale: 1)")
+           help="of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small: 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with 4 special tokens; 256: bytes only (default: 8192; small scale: 2048)")
+           help="with 4 special tokens; 256: bytes only (default: 8192; small: 2048)")
     option("--scale", choices=SCALES,
-           help="full: rows of 2048 for a GPU of 40 GB or more; medium: the same for other GPUs; "
-           "small: rows of 512 for a CPU (default: what suits this machine)")
+           help="full: for a GPU of 40 GB or more; medium: other GPUs; small: a CPU (default: what fits)")
     args = parser.parse_args()
     for name, value, other, low, high in (("num-shards", args.num_shards, -1, 1, LAST_SHARD),
                                           ("vocab-size", args.vocab_size, 256, 260, 2**16)):
@@ -810,7 +810,7 @@ def main():
     try:
         prepare(args.data, args.scale or device_scale(), args.num_shards, args.vocab_size)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same; wait or stop it")
+        sys.exit(f"error: process {holder} prepares the same; wait for it or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from here")
     except OSError as error:

@@ -210,8 +210,8 @@ class Run:
     def __enter__(self):
         r, self.device = self.record, prepare.default_device()
         if self.device.type != "cuda" and self.data["scale"] != "small":
-            raise PrepareError(f"the data have scale {self.data['scale']}, for a CUDA GPU, and torch finds "
-                               "none; run uv run prepare.py again, for a CPU with --scale small")
+            raise PrepareError(f"the prepared data (scale {self.data['scale']}) need a CUDA GPU and torch "
+                               "finds none; for a CPU run: uv run prepare.py --scale small")
         r["device"], r["lock"] = prepare.device_names(self.device)
         try:
             self.lock = prepare.lock_file(cache_root() / r["lock"], r["run"])

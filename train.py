@@ -66,8 +66,7 @@ WARMDOWN = 0.8  # last part of the run: learning rates fall linearly
 FINAL_LR = 0.04  # share of the learning rate left at the end; good from 0.03 to 0.05
 
 if SCALE == "medium":  # for other GPUs; the shape is from public logs of RTX 3060, 3090, 4090 and GB10
-    DEPTH, N_EMBD = 5, 512  # 8 x 768 gets only 140 steps on an RTX 3090
-    TOTAL_BATCH = 2**16
+    DEPTH, N_EMBD, TOTAL_BATCH = 5, 512, 2**16  # 8 x 768 gets only 140 steps on an RTX 3090
     ROW_MIB = 300
 
 if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows of 256 or 512 tokens
@@ -110,9 +109,8 @@ class GPTConfig:
     recall: tuple = ()
 
     def has_value_embed(self, layer):
-        return self.value_embed_every > 0 and (
-            layer % self.value_embed_every == 0 or layer == self.n_layer - 1
-        )
+        every = self.value_embed_every
+        return every > 0 and (layer % every == 0 or layer == self.n_layer - 1)
 
 
 def layer_windows(pattern, n_layer, short_window, sequence_len):
@@ -148,7 +146,7 @@ def norm(x):
 
 
 def one_line(error):
-    """An exception as a short line: its type and what it says, or what a compiler inside it says."""
+    """The type of an exception and its first line, or the first compiler error in it."""
     lines = str(error).strip().splitlines() or [""]
     line = next((line for line in lines if " error: " in line), lines[0])
     return f"{type(error).__name__}: {line.strip()[:200]}"
@@ -179,18 +177,18 @@ def attention_kernel(device, dtype):
 def attend(q, k, v, window, kernel):
     """Causal attention, (B, T, H, D) -> (B, T, H, D). A token sees itself and `window` earlier tokens."""
     B, T, H, D = q.shape
-    full = window >= T - 1
+    span = (-1 if window >= T - 1 else window, 0)  # -1: all
     if callable(kernel):  # FlashAttention-3
-        return kernel(q, k, v, causal=True, window_size=(-1 if full else window, 0))
+        return kernel(q, k, v, causal=True, window_size=span)
     if kernel == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         edges = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
         q, k, v = (x.reshape(B * T, H, D) for x in (q, k, v))
-        y = varlen_attn(q, k, v, edges, edges, T, T, window_size=(-1 if full else window, 0))
+        y = varlen_attn(q, k, v, edges, edges, T, T, window_size=span)
         return y.view(B, T, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if full:
+    if span[0] < 0:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(-window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
@@ -277,10 +275,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        rows, n_embd = config.ngram_rows, config.n_embd
-        self.ngram_embeds = nn.ModuleList(nn.Embedding(rows, n_embd) for _ in config.ngrams)
-        rows = config.vocab_size + 1
-        self.recall_embeds = nn.ModuleList(nn.Embedding(rows, n_embd) for _ in config.recall)
+        sizes = [config.ngram_rows] * len(config.ngrams) + [config.vocab_size + 1] * len(config.recall)
+        self.context_embeds = nn.ModuleList(nn.Embedding(rows, config.n_embd) for rows in sizes)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, config.n_embd)
                                            for i in range(config.n_layer) if config.has_value_embed(i)})
         # Before each layer: x = resid * x + x0 * embedding
@@ -298,7 +294,7 @@ class GPT(nn.Module):
         self.lm_head.weight.normal_(std=0.001)
         for embed in self.value_embeds.values():
             embed.weight.uniform_(-bound, bound)
-        for embed in (*self.ngram_embeds, *self.recall_embeds):
+        for embed in self.context_embeds:
             embed.weight.zero_()
         for block in self.blocks:
             block.attn.c_qkv.uniform_(-bound, bound)
@@ -307,21 +303,16 @@ class GPT(nn.Module):
                 zero.weight.zero_()
 
     def forward(self, idx):
-        c, T = self.config, idx.size(1)
-        if T > c.sequence_len:
-            raise ValueError(f"a row of {T} tokens is longer than sequence_len {c.sequence_len}")
-        cos, sin = self.cos_sin[:, :T]
-        x = self.wte(idx)
-        for n, embed in zip(c.ngrams, self.ngram_embeds, strict=True):
-            x = x + embed(hash_ngrams(idx, n, c.ngram_rows))
-        for n, embed in zip(c.recall, self.recall_embeds, strict=True):
-            x = x + embed(recall(idx, n, c.vocab_size))
+        c = self.config
+        cos, sin = self.cos_sin[:, : idx.size(1)]
+        contexts = [hash_ngrams(idx, n, c.ngram_rows) for n in c.ngrams]
+        contexts += [recall(idx, n, c.vocab_size) for n in c.recall]
+        x = self.wte(idx) + sum(embed(ids) for embed, ids in zip(self.context_embeds, contexts, strict=True))
         x = x0 = norm(x.to(c.dtype))
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i].to(c.dtype) * x + self.x0_lambdas[i].to(c.dtype) * x0
-            x = block(
-                x, self.value_embeds[str(i)](idx).to(c.dtype) if c.has_value_embed(i) else None, cos, sin
-            )
+            value_embed = self.value_embeds[str(i)](idx).to(c.dtype) if c.has_value_embed(i) else None
+            x = block(x, value_embed, cos, sin)
         logits = self.lm_head(norm(x)).float()
         return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
@@ -340,7 +331,7 @@ def loss_of(model, idx, targets):
 
 # Polar Express (arXiv 2505.16932): the best quintics for five iterations, singular values from 1e-3 up
 POLAR_EXPRESS = [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
-                 (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]  # fmt: skip
+                 (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]
 
 
 def orthogonalize(g):
@@ -355,9 +346,10 @@ def orthogonalize(g):
 
 
 def muon_update(weights, grads, momentum_buffer, lr, momentum, decay, dtype):
-    """One in-place step of Muon on stacked weights (n, ..., M, N); lr, momentum, decay may be 0-d tensors."""
-    momentum_buffer.lerp_(grads, 1 - momentum)
-    update = orthogonalize(grads.lerp(momentum_buffer, momentum).to(dtype)).to(weights.dtype)  # Nesterov
+    """One in-place step of Muon on stacked weights (n, ..., M, N); lr, momentum, decay: 0-d tensors."""
+    momentum_buffer.mul_(momentum).add_((1 - momentum) * grads)
+    update = (1 - momentum) * grads + momentum * momentum_buffer  # Nesterov
+    update = orthogonalize(update.to(dtype)).to(weights.dtype)
     agree = (update * weights) >= 0
     weights.sub_(lr * (update + decay * weights * agree))
 
@@ -368,7 +360,6 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups, dtype, compiled):
         super().__init__(groups, dict(momentum=0.0, weight_decay=0.0))
         self.dtype = dtype  # of the orthogonalization
-        self.number = torch.tensor if compiled else float  # a new float would recompile the update
         self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
     @torch.no_grad()
@@ -380,7 +371,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(grads)
             lr = group["lr"] * max(1, weights.size(-2) / weights.size(-1)) ** 0.5
-            numbers = map(self.number, (lr, group["momentum"], group["weight_decay"]))
+            # Tensors, because new floats would recompile the update
+            numbers = map(torch.tensor, (lr, group["momentum"], group["weight_decay"]))
             self.update(weights, grads, state["momentum_buffer"], *numbers, self.dtype)
             torch._foreach_copy_(params, list(weights.unbind()))
 
@@ -399,8 +391,7 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     adamw_groups = [
         dict(params=[model.wte.weight], lr=embed_lr * size, weight_decay=embed_decay),
         dict(params=[*model.value_embeds.parameters()], lr=embed_lr * size, weight_decay=value_decay),
-        dict(params=[*model.ngram_embeds.parameters(), *model.recall_embeds.parameters()],
-             lr=embed_lr * size, weight_decay=0.0),
+        dict(params=[*model.context_embeds.parameters()], lr=embed_lr * size, weight_decay=0.0),
         dict(params=[model.lm_head.weight], lr=head_lr * size, weight_decay=head_decay),
         dict(params=[model.resid_lambdas], lr=resid_lr, weight_decay=0.0),
         dict(params=[model.x0_lambdas], lr=x0_lr, weight_decay=0.0, betas=(0.96, 0.95)),
@@ -424,8 +415,8 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
     """Set learning rates, momentum and decay. Rates fall to `final_lr` of the peak in the last `warmdown`."""
     start, stop, share = momentum
     adamw, muon = optimizers
+    fade = min(1.0, max(0.0, 1 - progress) / max(warmdown, 1e-9))
     for group in adamw.param_groups + muon.param_groups:
-        fade = min(1.0, max(0.0, 1 - progress) / max(warmdown, 1e-9))
         group["lr"] = group["initial_lr"] * (final_lr + (1 - final_lr) * fade)
     for group in muon.param_groups:
         group["momentum"] = start + (stop - start) * min(1.0, progress / share)
@@ -440,8 +431,8 @@ def activation_dtype(device):
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     else:
-        features = torch.cpu.get_capabilities()
-        has_bf16 = device.type == "cpu" and any(map(features.get, ("avx512_bf16", "amx_bf16")))
+        cpu = torch.cpu.get_capabilities()
+        has_bf16 = device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
@@ -454,8 +445,7 @@ def split_batch(rows, at_most):
 def train_step(loss_fn, model, optimizers, batches, forwards):
     """One optimizer step on `forwards` batches (inputs, targets, epoch). Does not wait for the mean loss."""
     total = 0.0
-    for _ in range(forwards):
-        inputs, targets, _ = next(batches)
+    for inputs, targets, _ in islice(batches, forwards):
         loss = loss_fn(model, inputs, targets) / forwards
         loss.backward()
         total = total + loss.detach()
@@ -480,16 +470,15 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
                 train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
             return micro, forwards
         except Exception as error:
-            full = out_of_memory(error)
-            if full and micro > 1:
+            if out_of_memory(error):
+                if micro == 1:
+                    raise
                 at_most = micro // 2
-                print(f"out of memory with {micro} rows of a forward; trying {at_most}")
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-            elif compiled and not full:
+                print(f"out of memory with {micro} rows per forward; trying {at_most}")
+            elif compiled:
                 compiled = False
                 torch.compiler.set_stance("force_eager")
-                print(f"torch.compile failed, so the model is not compiled ({one_line(error)})")
+                print(f"torch.compile failed; training uncompiled ({one_line(error)})")
             else:
                 raise
         finally:
@@ -497,6 +486,8 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
             for optimizer in optimizers:
                 optimizer.state.clear()
                 optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # of a failed try
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Run train.py on a GPU that is not there, to see whether it fits and compiles bef
 
 A library replaces the CUDA runtime, its driver and cuBLAS (LD_PRELOAD); its kernels do nothing. Everything else is
 real: torch's checks of device, dtype and shape, its allocator on the memory of the card, autograd, Dynamo, Inductor,
-Triton and ptxas for the card's architecture, out of memory, evaluation, report. Speed and numbers are not: the loss is
+Triton and ptxas for the card's architecture, out of memory, evaluation, report. Speed and values are not: the loss is
 0. The exit code is 0 if the run is ok, no training step waited for the GPU, and no graph broke or was compiled again.
 It needs g++ and nm, and takes 15 seconds uncompiled, minutes compiled.
 """
@@ -332,7 +332,6 @@ def child(settings):
 
     import prepare
 
-    prepare.GPU_FILES = ("/dev/null",)  # exists
     prepare.prepare(str(Path(importlib.util.find_spec("torch").origin).parent / "_inductor"), prepare.device_scale())
     import train
 

@@ -11,7 +11,8 @@ import pytest
 from conftest import block
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("COMPILE=False", "DEPTH=2", "N_EMBD=256", "VALUE_EMBED_EVERY=0")
+SMALL = ("COMPILE=False", "DEPTH=2", "N_EMBD=256", "VALUE_EMBED_EVERY=0", "NGRAMS=(2,)", "RECALL=(2,)",
+         "SHIFT_KEYS=True")
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++") or platform.system() != "Linux", reason="needs g++ and Linux")
 
@@ -44,7 +45,6 @@ FAULTS = [  # what is replaced in train.py, by what, and what the dry run says t
 ]
 PLANT = """
 import sys, types, dry_gpu, prepare
-prepare.GPU_FILES = ("/dev/null",)  # before the referee looks
 for old, new, _ in FAULTS:
     prepare.evaluated.clear()
     sys.modules["train"] = train = types.ModuleType("train")
@@ -67,13 +67,13 @@ def test_planted_faults_are_found(folder):
 
 
 def test_memory_and_a_timed_matmul_choose_the_scale(folder):
-    code = ("import prepare as p; p.GPU_FILES = ('/dev/null',); print(p.device_scale()); "
+    code = ("import prepare as p; print(p.device_scale()); "
             "p.FULL_SPEED = 1e30; print(p.device_scale())")
     assert dry_run(["-c", code], "a100-40", folder).stdout.split() == ["full", "medium"]
 
 
 def test_an_old_driver_is_named(folder):
-    code = "import prepare; prepare.GPU_FILES = ('/dev/null',); prepare.device_scale()"
+    code = "import prepare; prepare.device_scale()"
     run = dry_run(["-c", code], "4090", folder, driver=12080)
     assert run.returncode == 1 and "The NVIDIA driver on your system is too old (found version 12080)" in run.stderr
     assert run.stderr.startswith("error: ") and "--scale small" in run.stderr

@@ -86,7 +86,7 @@ def test_a_stalled_line_is_given_up_and_the_download_goes_on(served, tmp_path, m
     monkeypatch.setattr(prepare, "TIMEOUT", (1, 1))
     served.faults = ["stalled"]
     name = "shard_00000.parquet"
-    prepare.download_all({name: (prepare.hub_url("owner/data", name), None)}, tmp_path, 1)
+    prepare.download_all({name: (prepare.hub_url("owner/data", name), None)}, tmp_path)
     assert (tmp_path / name).read_bytes() == (served.folder / name).read_bytes()
     first, _ = (headers.get("Range") for host, _, headers in served.log if host == "cdn")
     assert first is None and len(served.log) == 4
@@ -206,8 +206,9 @@ def test_a_cache_of_another_version_is_made_anew(sound, served, tmp_path, monkey
     shutil.copytree(sound, tmp_path / "cache")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "cache/climbmix-small/manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | dict(format=0)))
-    with pytest.raises(prepare.PrepareError, match="it has format 0, not"):
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key != "digest"} | dict(format=0)
+    path.write_text(json.dumps(old | dict(digest=prepare.digest(old))))
+    with pytest.raises(prepare.PrepareError, match="changed or is old"):
         prepare.read_manifest()
     prepare.prepare("climbmix", "small", 2, 400)
     assert contents(tmp_path / "cache") == contents(sound) and served.log == []

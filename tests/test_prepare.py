@@ -48,7 +48,8 @@ def ruin(folder, how):
     elif how == "manifest cut short":
         (folder / "manifest.json").write_text(json.dumps(manifest)[:-20])
     elif how == "other format":
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"format": -1}))
+        old = {key: value for key, value in manifest.items() if key != "digest"} | dict(format=-1)
+        (folder / "manifest.json").write_text(json.dumps(old | dict(digest=prepare.digest(old))))
     elif how == "file missing":
         (folder / "train.bin").unlink()
     elif how == "file cut short":
@@ -321,13 +322,13 @@ def test_tinystories_comes_from_the_hub(hub, cache):
 
 
 def test_shakespeare_is_pinned_by_its_digest(tmp_path, monkeypatch):
-    def standing_in(files, folder, workers):
+    def standing_in(files, folder):
         (folder / "input.txt").write_text("First Citizen:\n\n" * 20_000)
         asked.update(files)
 
     asked = {}
     monkeypatch.setattr(prepare, "download_all", standing_in)
-    train, val, *_ = prepare.gather("shakespeare", tmp_path, 1, 1)
+    train, val, *_ = prepare.gather("shakespeare", tmp_path, 1)
     (url, sha256), = asked.values()
     assert "tinyshakespeare" in url and len(sha256) == 64 and "First Citizen" in next(train())[0]
 
@@ -377,8 +378,6 @@ def test_encode_takes_one_text_or_many_and_prepends(in_climbmix):
     assert in_climbmix.encode("hello", prepend=bos) == [bos] + plain
     assert in_climbmix.encode("hello", prepend="<|reserved_0|>") == [bos] + plain
     assert in_climbmix.encode(["hello", ""], prepend=bos, num_threads=2) == [[bos] + plain, [bos]]
-    with pytest.raises(ValueError):
-        in_climbmix.encode(b"hello")
 
 
 @pytest.mark.parametrize("text", TEXTS + ["".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x11000)]))])
