@@ -206,8 +206,9 @@ def device_scale():
     except RuntimeError as error:
         if re.search("no NVIDIA driver|No CUDA GPUs", str(error)):
             return "small"
-        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {str(error).split('. ')[0]}; "
-                           "update its driver (R580 or later) or free it; for a CPU: --scale small") from None
+        problem = str(error).partition(". ")[0]
+        raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {problem}; update its "
+                           "driver (R580 or later) or free it; for a CPU: --scale small") from None
     return "full" if 2 * 8192**3 / min(seconds) >= FULL_SPEED else "medium"
 
 
