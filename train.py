@@ -347,8 +347,9 @@ def orthogonalize(g):
 
 def muon_update(weights, grads, momentum_buffer, lr, momentum, decay, dtype):
     """One in-place step of Muon on stacked weights (n, ..., M, N); lr, momentum, decay: 0-d tensors."""
-    momentum_buffer.mul_(momentum).add_((1 - momentum) * grads)
-    update = (1 - momentum) * grads + momentum * momentum_buffer  # Nesterov
+    new = (1 - momentum) * grads
+    momentum_buffer.mul_(momentum).add_(new)
+    update = new + momentum * momentum_buffer  # Nesterov
     update = orthogonalize(update.to(dtype)).to(weights.dtype)
     agree = (update * weights) >= 0
     weights.sub_(lr * (update + decay * weights * agree))
