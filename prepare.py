@@ -12,6 +12,7 @@ import base64
 import bisect
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -42,7 +43,6 @@ SCALES = {  # see device_scale(); train.py has constants for each
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
 FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # bytes, and FLOP/s of a bf16 matmul, that full scale needs
-FLASH_ATTENTION_3 = dict(repo_id="kernels-community/flash-attn3", revision="v1")
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
 SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
@@ -212,17 +212,22 @@ def device_scale():
     return "full" if 2 * 8192**3 / min(seconds) >= FULL_SPEED else "medium"
 
 
-def download_kernel():
-    """On Hopper, download FlashAttention-3 to the cache of the hub, where train.py finds it."""
+@functools.cache
+def flash_attention_3(download=False):
+    """FlashAttention-3 for Hopper from the cache of the hub, or None; with `download` from the hub."""
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0):
-        from kernels import install_kernel
+    if torch.cuda.get_device_capability() != (9, 0):
+        return None
+    try:
+        if not download:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # training needs no network
+        from kernels import get_kernel
 
-        try:
-            install_kernel(**FLASH_ATTENTION_3)
-        except Exception as error:  # no network, no build: many types
-            print(f"kernel:    no FlashAttention-3 ({str(error)[:100]})")
+        kernel = get_kernel("kernels-community/flash-attn3", revision="v1", trust_remote_code=True)
+        return kernel.flash_attn_func
+    except Exception as error:  # not downloaded, no network, no build for this torch: many types
+        print(f"no FlashAttention-3, torch's own kernel instead ({repr(error)[:200]})")
 
 
 def out_of_memory(error):
@@ -756,8 +761,8 @@ def prepare(data, scale, num_shards=None, vocab_size=None):
             manifest = read_manifest(folder, thorough=True)
         if not spec.items() <= manifest.items():
             manifest = build(folder, spec, train, val, sum(map(text_size, files)))
-        if scale != "small":
-            download_kernel()
+        if default_device().type == "cuda":
+            flash_attention_3(download=True)
         write_text(cache_root() / "current", folder.name)
     print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
           "vocabulary {vocab_size:,}".format(**manifest))

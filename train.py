@@ -9,7 +9,6 @@ Sections, in order: constants, model, optimizer, schedules, training.
 """
 
 import ctypes
-import functools
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from prepare import FLASH_ATTENTION_3, SCALE, Tokenizer, cache_root, make_dataloader, out_of_memory
+from prepare import SCALE, Tokenizer, cache_root, flash_attention_3, make_dataloader, out_of_memory
 from referee import Run
 
 # === Constants: only main() reads them. Edit a line, commit, run ===
@@ -152,25 +151,13 @@ def one_line(error):
     return f"{type(error).__name__}: {line.strip()[:200]}"
 
 
-@functools.cache
-def flash_attention_3():
-    """FlashAttention-3 for Hopper, from prepare.py. If it does not load: prints why and returns None."""
-    try:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # look in the cache only: training needs no network
-        from kernels import get_kernel
-
-        return get_kernel(**FLASH_ATTENTION_3, trust_remote_code=True).flash_attn_func
-    except Exception as error:  # not downloaded, no build for this torch: many exception types
-        print(f"no FlashAttention-3, torch's own kernel instead ({one_line(error)})")
-
-
 def attention_kernel(device, dtype):
     """The fastest `kernel` for attend().
 
     "fa3" on Hopper, if it loads. "varlen", torch's flash kernel, for other bf16 on CUDA. Otherwise "sdpa".
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
-        return "fa3" if torch.cuda.get_device_capability() == (9, 0) and flash_attention_3() else "varlen"
+        return "fa3" if flash_attention_3() else "varlen"
     return "sdpa"
 
 
