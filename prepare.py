@@ -133,12 +133,7 @@ def digest(value):
 def read_manifest(folder=None, thorough=False):
     """The manifest of `folder` (default: current); checks sizes and, if `thorough`, sha256."""
     folder = folder or current_folder()
-    ready = folder / "ready"  # a finished build, the manifest moves last
     try:
-        if ready.exists():
-            for path in sorted(ready.iterdir(), key=lambda path: path.name == "manifest.json"):
-                os.replace(path, folder / path.name)
-            ready.rmdir()
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest.pop("digest") != digest(manifest) or manifest["format"] != FORMAT:
             raise ValueError("its manifest was changed or is old")
@@ -756,22 +751,25 @@ def prepare(data, scale, num_shards=None, vocab_size=None):
             stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
         spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], text=digest(stamp),
                     vocab_size=max(260, vocab_size or settings["vocab_size"]))  # 256 bytes, 4 specials
-        manifest = {}
-        with contextlib.suppress(PrepareError):
-            manifest = read_manifest(folder, thorough=True)
-        if not spec.items() <= manifest.items():
-            manifest = build(folder, spec, train, val, sum(map(text_size, files)))
+        target = folder / digest(spec)[:8]
+        try:
+            manifest = read_manifest(target, thorough=True)
+        except PrepareError:
+            manifest = build(target, spec, train, val, sum(map(text_size, files)))
         if default_device().type == "cuda":
             flash_attention_3(download=True)
-        write_text(cache_root() / "current", folder.name)
+        write_text(cache_root() / "current", f"{folder.name}/{target.name}")
+        for path in folder.iterdir():
+            if path.is_dir() and path.name not in (target.name, "shards"):
+                shutil.rmtree(path)
     print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
           "vocabulary {vocab_size:,}".format(**manifest))
-    print(f"ready:     {folder}\nnext:      uv run train.py")
+    print(f"ready:     {target}\nnext:      uv run train.py")
 
 
-def build(folder, spec, train, val, size):
-    """Build folder/ready, which read_manifest() installs, also after a kill."""
-    building, capacity = folder / "building", spec["seq_len"] + 1
+def build(target, spec, train, val, size):
+    """Make the folder `target`, by a rename at the end; returns its manifest."""
+    building, capacity = target.with_name("building"), spec["seq_len"] + 1
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     print(f"text:      {size / 1e6:,.0f} MB to train the tokenizer and to tokenize", flush=True)
@@ -789,8 +787,9 @@ def build(folder, spec, train, val, size):
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
     manifest["digest"] = digest(manifest)
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    os.replace(building, folder / "ready")
-    return read_manifest(folder)
+    shutil.rmtree(target, ignore_errors=True)  # damaged
+    os.replace(building, target)
+    return read_manifest(target)
 
 
 def main():
