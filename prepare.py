@@ -10,6 +10,7 @@ train.py uses the data prepared last. Each room uses only those above it: grep -
 import argparse
 import base64
 import bisect
+import codecs
 import contextlib
 import fcntl
 import functools
@@ -25,9 +26,9 @@ import sys
 import sysconfig
 import time
 import timeit
-from collections import ChainMap
+from collections import ChainMap, Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice, pairwise
+from itertools import chain, compress, islice, pairwise, repeat
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +272,7 @@ ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
 LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
 GROUP = 1_024  # documents per list
-HELD_OUT, HELD_OUT_BYTES = 0.02, 100_000  # share for validation; up to 0.1 to reach these bytes
+HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # for validation: share of the bytes; bytes, but not above a share
 
 
 def hub_url(repo, name):
@@ -332,25 +333,33 @@ def download_all(files, folder):
         list(pool.map(lambda name: download(*files[name], folder / name, bar), missing))
 
 
+@contextlib.contextmanager
+def reading(path):
+    """Make one sentence of what goes wrong while a file is read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise PrepareError(f"{path} cannot be read ({error}); replace or remove it") from None
+
+
 def shard(path):
-    """Open a parquet file; PrepareError if it has no `text` column."""
+    """Open a parquet file with a column `text` of strings."""
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-        columns = {field.name: str(field.type) for field in file.schema_arrow}
-        if "string" not in columns.get("text", ""):
-            raise ValueError(f"its columns are {columns}")
-    except (OSError, ValueError) as error:
-        raise PrepareError(f"{path} is no parquet file with a text column ({error}); replace it") from None
+    file = pq.ParquetFile(path)
+    columns = {field.name: str(field.type) for field in file.schema_arrow}
+    if not re.match("(dictionary<values=)?(large_)?string", columns.get("text", "")):
+        raise ValueError(f"it needs a column 'text' of strings, its columns are {columns}")
     return file
 
 
 def row_groups(paths):
     """The documents of parquet shards, one list per row group."""
-    for file in map(shard, paths):
-        for i in range(file.num_row_groups):
-            yield file.read_row_group(i, ["text"])["text"].drop_null().to_pylist()
+    for path in paths:
+        with reading(path):
+            file = shard(path)
+            for i in range(file.num_row_groups):
+                yield file.read_row_group(i, ["text"])["text"].drop_null().to_pylist()
 
 
 def cut(text):
@@ -367,80 +376,119 @@ def cut(text):
 
 def records(path):
     """The documents of one file: rows of .parquet and .jsonl, pieces of other text."""
-    if path.suffix == ".parquet":
-        for batch in shard(path).iter_batches(GROUP, columns=["text"]):
-            yield from batch["text"].to_pylist()
-    elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8", errors="replace") as f:
+    with reading(path):
+        if path.suffix.lower() == ".parquet":
+            for batch in shard(path).iter_batches(GROUP, columns=["text"]):
+                yield from batch["text"].to_pylist()
+            return
+        with open(path, "rb") as f:
+            wide = f.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with open(path, encoding="utf-16" if wide else "utf-8-sig", errors="replace") as f:
+            if path.suffix.lower() != ".jsonl":
+                yield from cut(f.read())
+                return
             for number, line in enumerate(f, 1):
                 try:
-                    text = line.strip() and json.loads(line)["text"]
-                    yield text and text.encode("utf-8", "replace").decode()  # no half surrogate pairs
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    raise PrepareError(
-                        f"{path} line {number} is no JSON object with a 'text' key; fix it") from None
-    else:
-        yield from cut(path.read_bytes().decode("utf-8", errors="replace"))
-
-
-def text_groups(files, held_out):
-    """Lists of the documents in the validation or the training split of `files`.
-
-    A digest assigns whole files, or the documents of fewer than 50 files: copies stay together.
-    """
-    share = min(5 * HELD_OUT, max(HELD_OUT, HELD_OUT_BYTES / max(1, sum(map(text_size, files)))))
-
-    def chosen(data):
-        return (int(hashlib.sha256(data).hexdigest()[:16], 16) < share * 2**64) == held_out
-
-    whole = len(files) >= 50
-    texts = (text[i : i + LONGEST] for path in files if not whole or chosen(path.read_bytes())
-             for text in records(path) if text for i in range(0, len(text), LONGEST))
-    found = (text for text in texts if whole or chosen(text.encode()))
-    while group := list(islice(found, GROUP)):
-        yield group
+                    text = json.loads(line, parse_int=float)["text"] if line.strip() else None
+                    if text is not None:
+                        yield text.encode("utf-8", "replace").decode()  # no half surrogate pairs
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    found = line.strip()[:60]
+                    raise PrepareError(f"{path} line {number} is {found!r}, not a JSON object with a string "
+                                       "under 'text'; correct or delete it") from None
 
 
 def find_files(data):
     """The text files of `data` ('python': this environment's source), shuffled by relative path."""
-    tops, endings, others = {Path(data).expanduser().absolute()}, ENDINGS, set()
+    tops, endings, others = {Path(os.path.expanduser(data)).absolute()}, ENDINGS, set()
     if data == "python":
         tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
         endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
-    found = {}
+    found, skipped = {}, Counter()
     for top in tops:
-        for path in (top, *top.rglob("*")):
-            below = path.relative_to(top)
-            if path.suffix in endings and path.is_file() and not others.intersection(below.parts):
-                found[path] = digest(str(below))
+        walk = os.walk(top, onerror=lambda error: skipped.update(["unreadable folder"]))
+        for folder, folders, names in walk if top.is_dir() else [(top.parent, [], [top.name])]:
+            skipped["hidden"] += sum(name.startswith(".") for name in folders + names)
+            folders[:] = [name for name in folders if not name.startswith(".") and name not in others]
+            for path in (Path(folder, name) for name in names if not name.startswith(".")):
+                if path.suffix.lower() in endings and os.path.isfile(path):
+                    found[path] = digest(str(path.relative_to(top)))
+                else:
+                    skipped[path.suffix.lower() or "without an ending"] += 1
+    if data != "python" and +skipped:
+        print("skipped:  ", ", ".join(f"{number:,} {kind}" for kind, number in (+skipped).items()))
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
     return sorted(found, key=lambda path: (found[path], path))
 
 
-def text_size(path):
-    """Approximate bytes of text in a file; parquet compresses it to a third."""
-    return path.stat().st_size * (3 if path.suffix == ".parquet" else 1)
+def split_text(files, limit=None):
+    """(train, val): functions that yield lists of documents of `files`; `limit`: of lists to train on.
+
+    Held out are small files as a whole and documents of large ones, those with the lowest digests, so that
+    copies stay together.
+    """
+    def held_out(size):
+        return min(MOST * size, max(HELD_OUT * size, LEAST))
+
+    small = held_out(sum(path.stat().st_size for path in files)) / 4
+    longest = int(min(LONGEST, max(CUT_AT, small / 4)))
+
+    def documents(path):
+        return (text[i : i + longest] for text in records(path) if text for i in range(0, len(text), longest))
+
+    digests, sizes, odd = {}, [0], []  # digests: one of a small file, those of the documents of a large one
+    for path in tqdm(files, "read", disable=None, leave=False):
+        digests[path] = []
+        for text in ["".join(documents(path))] if path.stat().st_size <= small else documents(path):
+            digests[path].append(int(hashlib.sha256(data := text.encode()).hexdigest()[:12], 16))
+            sizes.append(len(data))
+            if path not in odd[-1:] and ("\ufffd" in text or "\0" in text):
+                odd.append(path)
+    if odd:
+        print(f"odd text:  {len(odd):,} of {len(files):,} files hold NUL or bytes not of UTF-8, as {odd[0]}")
+    every = np.array([-1, *chain(*digests.values())])
+    order = np.argsort(every)
+    reached = np.cumsum(np.array(sizes)[order])
+    at = np.searchsorted(reached, held_out(reached[-1]))
+    last = every[order[at - (reached[at] > MOST * reached[-1])]]
+
+    def texts(held):
+        for path, found in digests.items():
+            chosen = [(one <= last) == held for one in found]
+            if any(chosen):
+                yield from compress(documents(path), chosen if len(chosen) > 1 else repeat(True))
+
+    def groups(held):
+        found = texts(held)
+        while group := list(islice(found, GROUP)):
+            yield group
+
+    return lambda: islice(groups(False), limit), lambda: groups(True)
 
 
 def gather(data, shards, num_shards):
-    """Download or find `data`. Returns (train, val, files); train() and val() yield lists of documents."""
-    wanted, limit, num_shards = {}, None, LAST_SHARD if num_shards == -1 else num_shards
+    """The files of the corpus `data`, downloaded to the folder `shards` or found."""
+    wanted = {}
     if data == "climbmix":
         for i in *range(num_shards), LAST_SHARD:
             name = f"shard_{i:05d}.parquet"
             wanted[name] = hub_url("karpathy/climbmix-400b-shuffle", name), None
     elif data == "tinystories":
-        name, limit = "tinystories_gpt4_clean.parquet", num_shards * STORIES
+        name = "tinystories_gpt4_clean.parquet"
         wanted[name] = hub_url("karpathy/tinystories-gpt4-clean", name), None
     elif data == "shakespeare":
         wanted["input.txt"] = SHAKESPEARE
     if wanted:
         download_all(wanted, shards)
-    files = [shards / name for name in wanted] or find_files(data)
+    return [shards / name for name in wanted] or find_files(data)
+
+
+def split(data, files, num_shards):
+    """(train, val) of the corpus `data`: functions that yield lists of documents."""
     if data == "climbmix":
-        return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:]), files
-    return lambda: islice(text_groups(files, False), limit), lambda: text_groups(files, True), files
+        return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:])
+    return split_text(files, num_shards * STORIES if data == "tinystories" else None)
 
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
@@ -739,40 +787,43 @@ class Inspector:
 
 def prepare(data, scale, num_shards=None, vocab_size=None):
     """Gather the corpus `data`, build what is missing, and make it current."""
-    settings, path = SCALES[scale], Path(data).expanduser().absolute()
-    num_shards = num_shards or settings["num_shards"]
-    name = data if data in CORPORA else f"{path.stem}-{digest(str(path))[:8]}"
+    settings, path = SCALES[scale], os.path.abspath(os.path.expanduser(data))
+    num_shards = LAST_SHARD if num_shards == -1 else num_shards or settings["num_shards"]
+    stem = re.sub("[^A-Za-z0-9_]", "-", Path(path).stem)[:40]
+    name = data if data in CORPORA else f"{stem}-{digest(path)[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", os.getpid()):
-        train, val, files = gather(data, folder / "shards", num_shards)
-        stamp = num_shards  # of python too: new packages must not change its rows
+        files = gather(data, folder / "shards", num_shards)
+        stamp = [num_shards]  # of python too: new packages must not change its rows
         if data not in CORPORA:
-            stamp = sorted([str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files)
+            for path in files:
+                with reading(path):
+                    stamp.append(sha256_of(path))
         spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], text=digest(stamp),
                     vocab_size=max(260, vocab_size or settings["vocab_size"]))  # 256 bytes, 4 specials
-        target = folder / digest(spec)[:8]
+        target = folder.with_name(f"{folder.name}-{digest(spec)[:8]}")
         try:
             manifest = read_manifest(target, thorough=True)
         except PrepareError:
-            manifest = build(target, spec, train, val, sum(map(text_size, files)))
+            size = sum(path.stat().st_size for path in files) / 1e6
+            print(f"text:      {size:,.1f} MB to split and tokenize", flush=True)
+            manifest = build(target, spec, *split(data, files, num_shards))
         if default_device().type == "cuda":
             flash_attention_3(download=True)
-        write_text(cache_root() / "current", f"{folder.name}/{target.name}")
-        for path in folder.iterdir():
-            if path.is_dir() and path.name not in (target.name, "shards"):
-                shutil.rmtree(path)
+        write_text(cache_root() / "current", target.name)
+        for path in {*folder.parent.glob(folder.name + "-????????")} - {target}:
+            shutil.rmtree(path)
     print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
           "vocabulary {vocab_size:,}".format(**manifest))
     print(f"ready:     {target}\nnext:      uv run train.py")
 
 
-def build(target, spec, train, val, size):
+def build(target, spec, train, val):
     """Make the folder `target`, by a rename at the end; returns its manifest."""
-    building, capacity = target.with_name("building"), spec["seq_len"] + 1
+    building, capacity = target.with_name(target.name[:-8] + "building"), spec["seq_len"] + 1
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    print(f"text:      {size / 1e6:,.0f} MB to train the tokenizer and to tokenize", flush=True)
     tokenizer = Tokenizer.train(train(), spec["vocab_size"])
     tokenizer.save(building)
     docs, tokens = write_store(tokenizer, train(), building / "train")
@@ -810,7 +861,7 @@ def main():
                                           ("vocab-size", args.vocab_size, 256, 260, 2**16)):
         if value not in (None, other, *range(low, high + 1)):
             parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
-    if args.data not in CORPORA and not (args.data and Path(args.data).expanduser().exists()):
+    if args.data not in CORPORA and not (args.data and os.path.exists(os.path.expanduser(args.data))):
         parser.error(f"--data {args.data} is no corpus, file or folder")
     try:
         prepare(args.data, args.scale or device_scale(), args.num_shards, args.vocab_size)

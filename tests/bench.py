@@ -43,10 +43,10 @@ BATCHES, SLOW_BATCHES = 1_000, 6  # of 131,072 tokens in one repetition: about h
 
 def write_corpus(folder):
     """A training shard and the validation shard, of this environment's Python source."""
-    files = prepare.find_files("python")
-    for index, held_out, left in ((0, False, TRAIN_CHARS), (6542, True, VAL_CHARS)):
+    splits = prepare.split_text(prepare.find_files("python"))
+    for index, split, left in zip((0, 6542), splits, (TRAIN_CHARS, VAL_CHARS), strict=True):
         groups = []
-        for texts in prepare.text_groups(files, held_out):
+        for texts in split():
             groups.append(texts)
             left -= sum(map(len, texts))
             if left <= 0:

@@ -211,7 +211,7 @@ ENDINGS = {  # what happens after the third step, a line or signals: status, err
     "exit": ("sys.exit('gave up')", "crash", "SystemExit: gave up", 1),
     "nan": ("loss.mul_(math.nan)", "nan", "training loss is nan at step 3", 1),
     "oom": ("raise torch.OutOfMemoryError('of 80 GB')", "oom", "OutOfMemoryError: of 80 GB", 1),
-    "refused": ("break", "refused", r"trained for [01]\.\d s of a budget of 1\.2 s: stop at progress\(\) 1", 1),
+    "refused": ("break", "refused", r"trained for [0-2]\.\d s of a budget of 3\.0 s: stop at progress\(\) 1", 1),
     "full disk": (FULL, "ok", "(OS|Runtime)Error: .*", 0),
     "ok": ("pass", "ok", "", 0),
 }  # fmt: skip
@@ -237,7 +237,8 @@ def endings(driver, toy, tmp_path_factory):
     for name, (what, status, *_) in ENDINGS.items():
         signals = what if isinstance(what, list) else []
         player = small_train("time.sleep(60)" if signals else what)
-        lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, 1.2, player)
+        budget = {"timeout": 1.2, "refused": 3.0, "ok": 3.0}.get(status, 60.0)  # enough for three steps under load
+        lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, budget, player)
         (lab.cache / CPU_LOCK).write_text("999999999\n")  # of a dead process
         (lab.cache / "best.pt").write_text("of the last night")
         if status == "timeout":
