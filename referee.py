@@ -83,8 +83,8 @@ def night_of(commits, runs):
     """The night of HEAD: that of its nearest ancestor with a run. A commit "baseline" begins a new one."""
     nights = {name: r["night"] for r in runs for name in r["names"]}
     for code, twin, subject in commits:
-        if code in nights or twin in nights:
-            return nights.get(code) or nights[twin]
+        if night := nights.get(code) or nights.get(twin):
+            return night
         if subject.partition(":")[0] == "baseline":
             return code
     return commits[-1][0]
@@ -141,18 +141,19 @@ def verdict_of(run, runs):
     For each seed, compare the mean of this commit with the best mean of the other kept commits. Confirm a
     gain on seed 1 if they ran on it; then the mean gain must exceed the noise.
     """
-    own, scores, marks = run["commit"], defaultdict(list), {}
+    own, scores, marks, gains = run["commit"], defaultdict(dict), {}, {}
     if run["status"] != "ok":
         return "none (no score): fix a mistake and run again, or undo the commit"
     runs = [r for r in runs if r["status"] == "ok" and setting(r) == setting(run)]
     for r in runs:
         if r["commit"] == own or r["state"] == "keep":
-            scores[r["seed"], r["commit"]].append(r["val_bpb"])
-    means = {key: fmean(values) for key, values in scores.items()}
-    for (seed, commit), mean in means.items():
-        if commit != own:
-            marks[seed] = min(mean, marks.get(seed, mean))
-    gains = {seed: mark - means[seed, own] for seed, mark in marks.items() if (seed, own) in means}
+            scores[r["seed"]].setdefault(r["commit"], []).append(r["val_bpb"])
+    for seed, others in scores.items():
+        mine = others.pop(own, [])
+        if others:
+            marks[seed] = min(map(fmean, others.values()))
+        if mine and others:
+            gains[seed] = marks[seed] - fmean(mine)
     if len(gains) < 2 and not run["standard"]:
         return "none (another seed or time budget, so not in results.tsv)"
     if own.endswith("+"):
@@ -269,7 +270,6 @@ class Run:
         if self.started is not None:
             raise Refused("start() was called twice; call it once")
         self.limit(self.budget + TRAIN_LIMIT)
-        self.copied = torch.cuda.Event() if self.device.type == "cuda" else None
         self.record["startup_seconds"] = time.monotonic() - OPENED
         self.log()
         self.started = self.stepped = time.monotonic()
@@ -284,7 +284,7 @@ class Run:
         self.read_loss()
         if self.device.type == "cuda":  # read_loss() waits for this copy, not for the step after it
             loss = torch.as_tensor(loss).detach().to("cpu", non_blocking=True)
-            self.copied.record()
+            self.copied = torch.cuda.current_stream().record_event()
         self.late_loss, now = loss, time.monotonic()
         self.step_seconds.append(now - self.stepped)
         self.stepped = now
@@ -341,9 +341,9 @@ class Run:
     def __exit__(self, kind, error, trace):
         for number in SIGNALS:  # a second Ctrl-C must not cost the record
             signal.signal(number, signal.SIG_IGN)
-        r, stopped = self.record, isinstance(error, KeyboardInterrupt)
+        r, stopped = self.record, kind is KeyboardInterrupt
         status = "oom" if out_of_memory(error) else STATUS.get(kind, "crash")
-        plain = status in ("refused", "nan")
+        plain = kind in STATUS
         if error or self.value is None:
             text = f"{kind.__name__}: {error}" if error and not plain else str(error or "there is no score")
             r["error"] = "interrupted" if stopped else " ".join(text.split())[:500]

@@ -11,7 +11,7 @@ Sections, in order: constants, model, optimizer, schedules, training.
 import ctypes
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import cycle, islice
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # CPU threads that spin longer stall beside a busy process
@@ -21,6 +21,7 @@ if "microsoft" not in os.uname().release:  # WSL has no expandable segments
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from prepare import SCALE, Tokenizer, cache_root, flash_attention_3, make_dataloader, out_of_memory
 from referee import Run
@@ -124,7 +125,7 @@ def hash_ngrams(idx, n, rows):
     """A number below `rows` for the last n tokens at each position of idx (B, T)."""
     key = idx
     for i in range(1, n):
-        key = key * 1_000_003 + F.pad(idx, (i, 0))[:, : idx.size(1)]
+        key = key * 1_000_003 + F.pad(idx, (i, -i))
     return key % rows
 
 
@@ -136,7 +137,7 @@ def recall(idx, n, vocab_size):
     """
     key, order = hash_ngrams(idx, n, 2**62).sort(dim=1, stable=True)
     found = F.pad(key[:, 1:] == key[:, :-1], (1, 0))
-    follower = idx.roll(-1, 1).gather(1, F.pad(order[:, :-1], (1, 0)))
+    follower = idx.roll(-1, 1).gather(1, F.pad(order, (1, -1)))
     return torch.empty_like(idx).scatter_(1, order, follower.where(found, vocab_size))
 
 
@@ -146,8 +147,8 @@ def norm(x):
 
 def one_line(error):
     """The type of an exception and its first line, or the first compiler error in it."""
-    lines = str(error).strip().splitlines() or [""]
-    line = next((line for line in lines if " error: " in line), lines[0])
+    lines = str(error).strip().split("\n")
+    line = max(lines, key=lambda line: " error: " in line)
     return f"{type(error).__name__}: {line.strip()[:200]}"
 
 
@@ -168,17 +169,15 @@ def attend(q, k, v, window, kernel):
     if callable(kernel):  # FlashAttention-3
         return kernel(q, k, v, causal=True, window_size=span)
     if kernel == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
         edges = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
         q, k, v = (x.reshape(B * T, H, D) for x in (q, k, v))
         y = varlen_attn(q, k, v, edges, edges, T, T, window_size=span)
         return y.view(B, T, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if span[0] < 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(-window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2)
+    visible = None  # all
+    if window < T - 1:
+        visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(-window)
+    return F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None).transpose(1, 2)
 
 
 def rotary(sequence_len, head_dim, base):
@@ -226,7 +225,7 @@ class Attention(nn.Module):
         q, k = (rotate(norm(x) * c.qk_gain, cos, sin) for x in (q, k))
         if c.shift_keys:  # the half that rotates slowly comes from the previous token: induction in one layer
             fast, slow = k.unflatten(-1, (2, -1)).chunk(2, dim=-1)
-            k = torch.cat((fast, F.pad(slow[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))), dim=-1).flatten(-2)
+            k = torch.cat((fast, F.pad(slow, (0, 0, 0, 0, 0, 0, 1, -1))), dim=-1).flatten(-2)
         return self.c_proj(attend(q, k, v, self.window, self.kernel).reshape(B, T, C))
 
 
@@ -323,13 +322,13 @@ POLAR_EXPRESS = [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917
 
 def orthogonalize(g):
     """Roughly the nearest semi-orthogonal matrices to g (..., M, N): all singular values are near 1."""
-    wide = g.size(-2) <= g.size(-1)
-    x = g if wide else g.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
+    if g.size(-2) > g.size(-1):
+        return orthogonalize(g.mT).mT
+    x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
+    return x
 
 
 def muon_update(weights, grads, momentum_buffer, lr, momentum, decay, dtype):
@@ -346,7 +345,7 @@ class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum (Keller Jordan), cautious weight decay. A group has weights of one shape."""
 
     def __init__(self, groups, dtype, compiled):
-        super().__init__(groups, dict(momentum=0.0, weight_decay=0.0))
+        super().__init__(groups, dict(momentum=0.0))
         self.dtype = dtype  # of the orthogonalization
         self.update = torch.compile(muon_update, dynamic=False) if compiled else muon_update
 
@@ -362,11 +361,11 @@ class Muon(torch.optim.Optimizer):
             # Tensors, because new floats would recompile the update
             numbers = map(torch.tensor, (lr, group["momentum"], group["weight_decay"]))
             self.update(weights, grads, state["momentum_buffer"], *numbers, self.dtype)
-            torch._foreach_copy_(params, list(weights.unbind()))
+            torch._foreach_copy_(params, weights.unbind())
 
 
 def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas, decays, compiled):
-    """[AdamW, Muon], with every parameter in exactly one group. A group keeps its peak rate as `initial_lr`.
+    """(AdamW, Muon), with every parameter in exactly one group. A group keeps its peak rate as `initial_lr`.
 
     Muon gets the matrices of the blocks. AdamW gets the embeddings, the head and the scalars.
     `decays` has four values: embeddings, value embeddings, head, matrices.
@@ -376,24 +375,24 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     shapes = {}
     for p in model.blocks.parameters():
         shapes.setdefault(p.shape, []).append(p)
-    adamw_groups = [
+    adamw = torch.optim.AdamW([
         dict(params=[model.wte.weight], lr=embed_lr * size, weight_decay=embed_decay),
         dict(params=[*model.value_embeds.parameters()], lr=embed_lr * size, weight_decay=value_decay),
         dict(params=[*model.context_embeds.parameters()], lr=embed_lr * size, weight_decay=0.0),
         dict(params=[model.lm_head.weight], lr=head_lr * size, weight_decay=head_decay),
         dict(params=[model.resid_lambdas], lr=resid_lr, weight_decay=0.0),
         dict(params=[model.x0_lambdas], lr=x0_lr, weight_decay=0.0, betas=(0.96, 0.95)),
-    ]
-    muon_groups = [dict(params=params, lr=matrix_lr, weight_decay=matrix_decay) for params in shapes.values()]
-    grouped = [id(p) for group in adamw_groups + muon_groups for p in group["params"]]
+    ], betas=betas, eps=1e-10, fused=True)
+    matrices = [dict(params=params, lr=matrix_lr, weight_decay=matrix_decay) for params in shapes.values()]
+    muon = Muon(matrices, model.config.dtype, compiled)
+    groups = adamw.param_groups + muon.param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
     left_out = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
     if left_out:
         raise ValueError(f"parameters {left_out} must be in exactly one group of build_optimizers")
-    adamw = torch.optim.AdamW(adamw_groups, betas=betas, eps=1e-10, fused=True)
-    optimizers = [adamw, Muon(muon_groups, model.config.dtype, compiled)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    for group in groups:
         group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
-    return optimizers
+    return adamw, muon
 
 
 # === Schedules: functions of progress, the share of the time budget used so far ===
@@ -403,12 +402,13 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
     """Set learning rates, momentum and decay. Rates fall to `final_lr` of the peak in the last `warmdown`."""
     start, stop, share = momentum
     adamw, muon = optimizers
-    fade = min(1.0, max(0.0, 1 - progress) / max(warmdown, 1e-9))
+    left = max(0.0, 1 - progress)
+    fade = min(1.0, left / max(warmdown, 1e-9))
     for group in adamw.param_groups + muon.param_groups:
         group["lr"] = group["initial_lr"] * (final_lr + (1 - final_lr) * fade)
     for group in muon.param_groups:
         group["momentum"] = start + (stop - start) * min(1.0, progress / share)
-        group["weight_decay"] = group["initial_decay"] * max(0.0, 1 - progress) ** 2
+        group["weight_decay"] = group["initial_decay"] * left**2
 
 
 # === Training ===
@@ -439,7 +439,7 @@ def train_step(loss_fn, model, optimizers, batches, forwards):
         total = total + loss.detach()
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return total
 
 
@@ -473,7 +473,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
             model.load_state_dict(before)
             for optimizer in optimizers:
                 optimizer.state.clear()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # of a failed try
 
@@ -505,9 +505,9 @@ def main():
             ngrams=NGRAMS, ngram_rows=NGRAM_ROWS, recall=RECALL,
         )
         model = GPT(config).to(run.device)
-        decay = (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY)
         optimizers = build_optimizers(
-            model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS, decay, COMPILE
+            model, MATRIX_LR, EMBED_LR, HEAD_LR, RESID_LR, X0_LR, ADAM_BETAS,
+            (EMBED_DECAY, VALUE_DECAY, HEAD_DECAY, MATRIX_DECAY), COMPILE,
         )
         loss_fn = torch.compile(loss_of, dynamic=False) if COMPILE else loss_of
         num_params = sum(p.numel() for p in model.parameters())
@@ -517,7 +517,7 @@ def main():
 
         rows, at_most = max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH
         if run.device.type == "cuda":
-            memory = torch.cuda.get_device_properties(run.device).total_memory
+            memory = torch.cuda.get_device_properties().total_memory
             at_most = max(1, min(at_most, memory // (ROW_MIB << 20)))
         micro, forwards = warm_up(loss_fn, model, optimizers, rows, at_most, COMPILE)
         print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
@@ -533,9 +533,9 @@ def main():
         for ids in sample(model, prompt, 80).tolist():
             print("it writes:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
         if run.record["verdict"].startswith("keep"):
-            part, best = cache_root() / "best.pt.part", cache_root() / "best.pt"
-            torch.save(dict(config=asdict(config), weights=model.state_dict()), part)
-            os.replace(part, best)  # a full disk leaves the older weights intact
+            part = cache_root() / "best.pt.part"
+            torch.save(dict(config=vars(config), weights=model.state_dict()), part)
+            part.replace(cache_root() / "best.pt")  # a full disk leaves the older weights intact
     return run.record
 
 
