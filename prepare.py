@@ -400,7 +400,7 @@ def records(path):
 
 def find_files(data):
     """The text files of `data` ('python': this environment's source), shuffled by relative path."""
-    tops, endings, others = {Path(os.path.expanduser(data)).absolute()}, ENDINGS, set()
+    tops, endings, others = {Path(data).absolute()}, ENDINGS, set()
     if data == "python":
         tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
         endings, others = (".py",), {"site-packages", "dist-packages"}  # of other environments
@@ -408,15 +408,15 @@ def find_files(data):
     for top in tops:
         walk = os.walk(top, onerror=lambda error: skipped.update(["unreadable folder"]))
         for folder, folders, names in walk if top.is_dir() else [(top.parent, [], [top.name])]:
-            skipped["hidden"] += sum(name.startswith(".") for name in folders + names)
+            skipped.update("hidden" for name in folders + names if name.startswith("."))
             folders[:] = [name for name in folders if not name.startswith(".") and name not in others]
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
                 if path.suffix.lower() in endings and os.path.isfile(path):
                     found[path] = digest(str(path.relative_to(top)))
                 else:
                     skipped[path.suffix.lower() or "without an ending"] += 1
-    if data != "python" and +skipped:
-        print("skipped:  ", ", ".join(f"{number:,} {kind}" for kind, number in (+skipped).items()))
+    if data != "python" and skipped:
+        print("skipped:  ", ", ".join(f"{number:,} {kind}" for kind, number in skipped.items()))
     if not found:
         raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
     return sorted(found, key=lambda path: (found[path], path))
@@ -446,7 +446,7 @@ def split_text(files, limit=None):
             if path not in odd[-1:] and ("\ufffd" in text or "\0" in text):
                 odd.append(path)
     if odd:
-        print(f"odd text:  {len(odd):,} of {len(files):,} files hold NUL or bytes not of UTF-8, as {odd[0]}")
+        print(f"odd text:  {len(odd):,} of {len(files):,} files are not clean UTF-8, for example {odd[0]}")
     every = np.array([-1, *chain(*digests.values())])
     order = np.argsort(every)
     reached = np.cumsum(np.array(sizes)[order])
@@ -500,7 +500,7 @@ class Tokenizer:
     """Byte-pair encoding. `ranks` maps the bytes of a token to its id; the special tokens follow."""
 
     def __init__(self, ranks):
-        specials = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        specials = {name: i for i, name in enumerate(SPECIAL_TOKENS, len(ranks))}
         self.ranks = ranks
         self.enc = tiktoken.Encoding("autoresearch", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                                      special_tokens=specials)
@@ -760,10 +760,10 @@ class Inspector:
         import torch
 
         (B, T), rng = inputs.shape, self.random
-        others = self.rows[torch.tensor(rng.choices(range(len(self.rows)), k=B)), 1:]
+        others = self.rows[rng.choices(range(len(self.rows)), k=B), 1:]
         others = others.roll(rng.randrange(T), 1).to(inputs.device)
         lengths = rng.sample([T, 1, T - 1, *(rng.randrange(1, T + 1) for _ in range(max(1, B - 3)))], B)
-        kept = torch.tensor(lengths, device=inputs.device)[:, None]
+        kept = inputs.new_tensor(lengths)[:, None]
         seen = torch.arange(T, device=inputs.device) < kept  # (B, T)
         mixed = cost(torch.where(seen, inputs, others), targets)
         nats = cost(inputs, targets) if nats is None else nats
@@ -787,29 +787,30 @@ class Inspector:
 
 def prepare(data, scale, num_shards=None, vocab_size=None):
     """Gather the corpus `data`, build what is missing, and make it current."""
-    settings, path = SCALES[scale], os.path.abspath(os.path.expanduser(data))
-    num_shards = LAST_SHARD if num_shards == -1 else num_shards or settings["num_shards"]
+    spec, path = SCALES[scale] | dict(format=FORMAT, scale=scale), os.path.abspath(data)
+    if num_shards:
+        spec["num_shards"] = LAST_SHARD if num_shards == -1 else num_shards
+    if vocab_size:
+        spec["vocab_size"] = max(260, vocab_size)  # 256 bytes, 4 specials
     stem = re.sub("[^A-Za-z0-9_]", "-", Path(path).stem)[:40]
     name = data if data in CORPORA else f"{stem}-{digest(path)[:8]}"
     folder = cache_root() / f"{name}-{scale}"
     folder.mkdir(parents=True, exist_ok=True)
     with lock_file(folder / "lock", os.getpid()):
-        files = gather(data, folder / "shards", num_shards)
-        stamp = [num_shards]  # of python too: new packages must not change its rows
-        if data not in CORPORA:
-            for path in files:
-                with reading(path):
-                    stamp.append(sha256_of(path))
-        spec = dict(format=FORMAT, data=name, scale=scale, seq_len=settings["seq_len"], text=digest(stamp),
-                    vocab_size=max(260, vocab_size or settings["vocab_size"]))  # 256 bytes, 4 specials
+        files = gather(data, folder / "shards", spec["num_shards"])
+        hashes = []
+        for path in files if data not in CORPORA else ():  # new packages must not change the rows of python
+            with reading(path):
+                hashes.append(sha256_of(path))
+        spec |= dict(data=name, text=digest(hashes))
         target = folder.with_name(f"{folder.name}-{digest(spec)[:8]}")
         try:
             manifest = read_manifest(target, thorough=True)
         except PrepareError:
             size = sum(path.stat().st_size for path in files) / 1e6
             print(f"text:      {size:,.1f} MB to split and tokenize", flush=True)
-            manifest = build(target, spec, *split(data, files, num_shards))
-        if default_device().type == "cuda":
+            manifest = build(target, spec, *split(data, files, spec["num_shards"]))
+        if scale != "small" and default_device().type == "cuda":
             flash_attention_3(download=True)
         write_text(cache_root() / "current", target.name)
         for path in {*folder.parent.glob(folder.name + "-????????")} - {target}:
@@ -832,7 +833,7 @@ def build(target, spec, train, val):
         raise PrepareError(f"{docs} documents to train on and {val_tokens} tokens to validate are too few; "
                            "give more text")
     store = TokenStore(building / "val")
-    rows = list(islice(pack_rows(store.batches(), capacity), SCALES[spec["scale"]]["val_rows"]))
+    rows = list(islice(pack_rows(store.batches(), capacity), spec["val_rows"]))
     store.rows(rows, capacity).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
@@ -840,7 +841,7 @@ def build(target, spec, train, val):
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(target, ignore_errors=True)  # damaged
     os.replace(building, target)
-    return read_manifest(target)
+    return manifest
 
 
 def main():
@@ -848,7 +849,7 @@ def main():
     parser = argparse.ArgumentParser(description="Prepare a corpus for train.py, once.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     option = parser.add_argument
-    option("--data", default="climbmix", metavar="NAME|PATH",
+    option("--data", default="climbmix", metavar="NAME|PATH", type=os.path.expanduser,
            help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
            help="of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small: 1)")
@@ -861,7 +862,7 @@ def main():
                                           ("vocab-size", args.vocab_size, 256, 260, 2**16)):
         if value not in (None, other, *range(low, high + 1)):
             parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
-    if args.data not in CORPORA and not (args.data and os.path.exists(os.path.expanduser(args.data))):
+    if args.data not in CORPORA and not os.path.exists(args.data):
         parser.error(f"--data {args.data} is no corpus, file or folder")
     try:
         prepare(args.data, args.scale or device_scale(), args.num_shards, args.vocab_size)
