@@ -332,7 +332,8 @@ def child(settings):
 
     import prepare
 
-    prepare.prepare(str(Path(importlib.util.find_spec("torch").origin).parent / "_inductor"), prepare.device_scale())
+    text = Path(importlib.util.find_spec("torch").origin).parent / "_inductor/codegen"
+    prepare.prepare(str(text), prepare.device_scale())
     import train
 
     library, steps, train_step = ctypes.CDLL(os.environ["LD_PRELOAD"]), [], train.train_step

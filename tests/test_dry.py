@@ -28,8 +28,7 @@ def dry_run(words, gpu, folder, driver=13000):
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("gpu, kernel, scale", [("h100", "fa3", "full"), ("4090", "varlen", "medium"),
-                                                ("t4", "sdpa", "medium")])
+@pytest.mark.parametrize("gpu, kernel, scale", [("h100", "fa3", "full"), ("t4", "sdpa", "medium")])
 def test_an_experiment_with_each_attention_kernel(folder, gpu, kernel, scale):
     run = dry_run([dry_gpu.__file__, "--child", *SMALL], gpu, folder)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -38,7 +37,8 @@ def test_an_experiment_with_each_attention_kernel(folder, gpu, kernel, scale):
     assert 500 < float(report["peak_vram_mb"]) < 1024 * dry_gpu.GPUS[gpu][1]
 
 
-FAULTS = [  # what is replaced in train.py, by what, and what the dry run says then
+FAULTS = [  # what is replaced in train.py, by what, and what the dry run says then; the first is none
+    ("varlen_attn(q,", "varlen_attn(q,", "attention:        varlen"),
     ("x = x0 = norm(", "x = x0 = torch.ones(1) * norm(", "found at least two devices, cuda:0 and cpu"),
     ("varlen_attn(q,", "varlen_attn(q.float(),", "FlashAttention only support fp16 and bf16"),
     ("total = total + loss.detach()", "total = total + float(loss)", " 1 waits, 1 copies to the host"),
@@ -63,7 +63,7 @@ def test_planted_faults_are_found(folder):
     runs = run.stdout.split(" in the end")
     assert len(runs) == len(FAULTS) + 1, run.stdout + run.stderr
     for output, (_, fault, words) in zip(runs, FAULTS, strict=False):
-        assert words in output and output.endswith("exit 1"), fault + output
+        assert words in output and output.endswith(f"exit {int(fault != FAULTS[0][1])}"), fault + output
 
 
 def test_memory_and_a_timed_matmul_choose_the_scale(folder):
