@@ -125,7 +125,7 @@ def until(condition, what):
 
 def block(output):
     """The report at the end of what a run printed: {key: value}."""
-    return dict(re.split(r":\s+", line, maxsplit=1) for line in output.rpartition("---\n")[2].splitlines())
+    return dict(re.findall(r"^(\w+): +(.*)$", output.rpartition("---\n")[2], re.M))
 
 
 SYLLABLES = [a + b for a in ("b", "d", "g", "k", "l", "m", "n", "r", "s", "t", "v", "sh", "tr") for b in "aeiou"]
