@@ -243,7 +243,7 @@ def device_names(device):
 
 def mfu_percent(name, flops):
     """`flops` in percent of the dense bf16 FLOP/s of the GPU `name` (first match), or "n/a"."""
-    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12, 
+    peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12,
              "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
     return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
 
@@ -272,7 +272,7 @@ ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
 LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
 GROUP = 1_024  # documents per list
-HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # for validation: share of the bytes; bytes, but not above a share
+HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # validation split: 2% of the bytes, at least 100 kB, at most 10%
 
 
 def hub_url(repo, name):
@@ -335,7 +335,7 @@ def download_all(files, folder):
 
 @contextlib.contextmanager
 def reading(path):
-    """Make one sentence of what goes wrong while a file is read."""
+    """Turn an error while reading a file into one sentence that names the file."""
     try:
         yield
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
@@ -425,8 +425,8 @@ def find_files(data):
 def split_text(files, limit=None):
     """(train, val): functions that yield lists of documents of `files`; `limit`: of lists to train on.
 
-    Held out are small files as a whole and documents of large ones, those with the lowest digests, so that
-    copies stay together.
+    The validation split has whole small files and documents of large files: those with the lowest digests,
+    so that copies stay together.
     """
     def held_out(size):
         return min(MOST * size, max(HELD_OUT * size, LEAST))

@@ -75,9 +75,9 @@ if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows
     HEAD_DIM = 64  # tried 128: equal
     MATRIX_LR, EMBED_LR, HEAD_LR = 0.02, 0.05, 0.002  # tried .04, .2, .008: +0.02; .01, .03, .001: +0.015
     ADAM_BETAS = (0.8, 0.99)  # tried (0.8, 0.95): worse
-    SHIFT_KEYS = True  # tried False: +0.035
-    NGRAMS = (2, 3)  # tried (): +0.05 (+0.08 without RECALL), (2,): +0.017
-    RECALL = (2, 4)  # tried (): +0.05
+    SHIFT_KEYS = True  # tried False: +0.106
+    NGRAMS = (2, 3)  # tried (): +0.05, (2,): +0.017
+    RECALL = (2, 4)  # tried (): +0.047
     WINDOW_PATTERN, SOFTCAP = "L", 0.0
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     COMPILE = False
