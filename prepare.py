@@ -4,7 +4,7 @@ Prepare text, tokenizer, tokens and validation rows for train.py. Nobody edits t
     uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
     uv run prepare.py --data python    the Python source of this environment, offline
 
-train.py uses the data prepared last. Each room uses only those above it: grep -n '^# ===' prepare.py
+train.py uses the data prepared last. Each section uses only those above it: grep '^# ===' prepare.py
 """
 
 import argparse
@@ -37,13 +37,13 @@ from tqdm import tqdm
 
 # === 1. Contract and paths ===
 
-FORMAT = 2  # of the cache; other formats are prepared again
+FORMAT = 2  # of the cache; data in another format are rebuilt
 SCALES = {  # see device_scale(); train.py has constants for each
     "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
     "medium": dict(seq_len=2048, vocab_size=8192, val_rows=4_096, num_shards=10),
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
-FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # bytes, and FLOP/s of a bf16 matmul, that full scale needs
+FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # full scale needs: bytes; FLOP/s of a bf16 matmul
 CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
 SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
@@ -86,14 +86,14 @@ def cache_root():
 
 
 def write_text(path, text):
-    """Replace a text file; a kill leaves the old one or the new one."""
+    """Replace a text file atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def append_line(path, line):
-    """Append `line` and sync; first a newline, as a kill may have left half a line."""
+    """Append `line` and sync. A newline comes first: a kill may have left half a line."""
     with open(path, "a", encoding="utf-8") as f:
         print(f"\n{line}", file=f, flush=True)
         os.fsync(f.fileno())
@@ -178,7 +178,7 @@ def env_number(name, default, low, high):
 
 
 def default_device():
-    """CUDA, MPS or the CPU, the first there is; the CPU if CUDA_VISIBLE_DEVICES is empty."""
+    """The first available of CUDA, MPS and CPU; the CPU if CUDA_VISIBLE_DEVICES is empty."""
     import torch
 
     if torch.cuda.is_available():
@@ -188,7 +188,7 @@ def default_device():
 
 
 def device_scale():
-    """The scale for this machine: by the memory of its GPU and, if that is enough, a timed matmul."""
+    """The scale for this machine, by the memory of its GPU and, if that is enough, a timed matmul."""
     import torch
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not torch.backends.cuda.is_built():
@@ -204,13 +204,13 @@ def device_scale():
             return "small"
         problem = str(error).partition(". ")[0]
         raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {problem}; update its "
-                           "driver (R580 or later) or free it; for a CPU: --scale small") from None
+                           "driver (R580 or later), free it, or use the CPU: --scale small") from None
     return "full" if 2 * 8192**3 / min(seconds) >= FULL_SPEED else "medium"
 
 
 @functools.cache
 def flash_attention_3(download=False):
-    """FlashAttention-3 for Hopper from the cache of the hub, or None; with `download` from the hub."""
+    """FlashAttention-3 for Hopper, or None. Without `download` only from the local cache of the hub."""
     import torch
 
     if torch.cuda.get_device_capability() != (9, 0):
@@ -223,7 +223,7 @@ def flash_attention_3(download=False):
         kernel = get_kernel("kernels-community/flash-attn3", revision="v1", trust_remote_code=True)
         return kernel.flash_attn_func
     except Exception as error:  # not downloaded, no network, no build for this torch: many types
-        print(f"no FlashAttention-3, torch's own kernel instead ({repr(error)[:200]})")
+        print(f"no FlashAttention-3, using torch's kernel ({repr(error)[:200]})")
 
 
 def out_of_memory(error):
@@ -242,14 +242,14 @@ def device_names(device):
 
 
 def mfu_percent(name, flops):
-    """`flops` in percent of the dense bf16 FLOP/s of the GPU `name` (first match), or "n/a"."""
+    """`flops` per second in percent of the dense bf16 peak of the GPU `name` (first match), or "n/a"."""
     peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12,
              "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
     return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
 
 
 def peak_memory():
-    """Peak bytes of tensors on the GPU; without one, of the process."""
+    """Peak bytes of tensors on the GPU, or of the process if no GPU is used."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -260,18 +260,18 @@ def peak_memory():
 # === 2. Corpus: documents for training and validation ===
 
 LAST_SHARD = 6542  # of ClimbMix, always for validation
-STORIES = 293  # groups of tinystories per shard: 250 MB of text, like ClimbMix
+STORIES = 293  # tinystories: groups per shard of 250 MB, as in ClimbMix
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 )
-WORKERS, ATTEMPTS = 8, 5  # parallel downloads; tries in a row without progress, each resumes the last
-VERIFIED = 10**9  # the modification time of a verified download, so that a later change shows
+WORKERS, ATTEMPTS = 8, 5  # parallel downloads; attempts in a row without progress
+VERIFIED = 10**9  # modification time of a verified download: any change resets it
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-CUT_FROM, CUT_AT = 1_500, 6_000  # characters per document cut from a file
-LONGEST = 500_000  # characters of a record; tiktoken fails on a million spaces
-GROUP = 1_024  # documents per list
+CUT_FROM, CUT_AT = 1_500, 6_000  # least and most characters of a document cut from a file
+LONGEST = 500_000  # characters; cuts longer records: tiktoken fails on a million spaces
+GROUP = 1_024  # documents per group
 HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # validation split: 2% of the bytes, at least 100 kB, at most 10%
 
 
@@ -291,7 +291,7 @@ def download(url, sha256, path, bar):
     while attempt < ATTEMPTS:
         time.sleep(attempt)
         have = part.stat().st_size if part.exists() else 0
-        attempt, most = (1, have) if have > most else (attempt + 1, most)  # progress starts anew
+        attempt, most = (1, have) if have > most else (attempt + 1, most)  # progress resets the count
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None,
                    "Authorization": f"Bearer {token}" if token and "/datasets/" in url else None}
         try:
@@ -302,8 +302,8 @@ def download(url, sha256, path, bar):
                     break
                 if status not in (200, 206, 416):  # 416: nothing left to send
                     continue
-                told = ChainMap(*(hop.headers for hop in [response, *response.history]))
-                size = int(told.get("X-Linked-Size") or told.get("Content-Range", "").rpartition("/")[2] or 0)
+                sent = ChainMap(*(hop.headers for hop in [response, *response.history]))
+                size = int(sent.get("X-Linked-Size") or sent.get("Content-Range", "").rpartition("/")[2] or 0)
                 if mode := {200: "wb", 206: "ab"}.get(status):
                     with open(part, mode) as f:
                         for block in response.iter_content(1 << 16):
@@ -312,15 +312,15 @@ def download(url, sha256, path, bar):
         except requests.RequestException as error:
             problem = f"{type(error).__name__}: {error}"
             continue
-        got, wanted = part.stat().st_size, sha256 or told.get("X-Linked-ETag", "").strip('"')
+        got, wanted = part.stat().st_size, sha256 or sent.get("X-Linked-ETag", "").strip('"')
         if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
             os.utime(part, (VERIFIED, VERIFIED))
             return os.replace(part, path)
-        problem = f"got {got:,} bytes, not {size:,} of sha256 {wanted[:16]}"
+        problem = f"got {got:,} bytes, not {size:,} with sha256 {wanted[:16]}"
         if got >= size:
             part.unlink()
-    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN "
-                       "and run this again to resume; offline use --data python")
+    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN, "
+                       "then run this again to resume; offline use --data python")
 
 
 def download_all(files, folder):
@@ -328,7 +328,7 @@ def download_all(files, folder):
     folder.mkdir(parents=True, exist_ok=True)
     verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
     missing = [name for name in files if name not in verified]
-    print(f"shards:    {len(files):,}, of which {len(missing):,} to download", flush=True)
+    print(f"shards:    {len(files):,}, {len(missing):,} to download", flush=True)
     with tqdm(unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda name: download(*files[name], folder / name, bar), missing))
 
@@ -391,7 +391,7 @@ def records(path):
                 try:
                     text = json.loads(line, parse_int=float)["text"] if line.strip() else None
                     if text is not None:
-                        yield text.encode("utf-8", "replace").decode()  # no half surrogate pairs
+                        yield text.encode("utf-8", "replace").decode()  # no lone surrogates
                 except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                     found = line.strip()[:60]
                     raise PrepareError(f"{path} line {number} is {found!r}, not a JSON object with a string "
@@ -399,7 +399,7 @@ def records(path):
 
 
 def find_files(data):
-    """The text files of `data` ('python': this environment's source), shuffled by relative path."""
+    """The text files of `data` ('python': this environment's source), shuffled by a hash of their path."""
     tops, endings, others = {Path(data).absolute()}, ENDINGS, set()
     if data == "python":
         tops = {Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")}
@@ -418,15 +418,15 @@ def find_files(data):
     if data != "python" and skipped:
         print("skipped:  ", ", ".join(f"{number:,} {kind}" for kind, number in skipped.items()))
     if not found:
-        raise PrepareError(f"--data {data} holds no file that ends in {' '.join(ENDINGS)}; convert the text")
+        raise PrepareError(f"--data {data} has no file ending in {' '.join(ENDINGS)}; convert the text")
     return sorted(found, key=lambda path: (found[path], path))
 
 
 def split_text(files, limit=None):
-    """(train, val): functions that yield lists of documents of `files`; `limit`: of lists to train on.
+    """(train, val): functions that yield groups of documents, train at most `limit` groups.
 
-    The validation split has whole small files and documents of large files: those with the lowest digests,
-    so that copies stay together.
+    The small files and the documents of large files that have the lowest digests go to val. Copies stay
+    together.
     """
     def held_out(size):
         return min(MOST * size, max(HELD_OUT * size, LEAST))
@@ -437,7 +437,7 @@ def split_text(files, limit=None):
     def documents(path):
         return (text[i : i + longest] for text in records(path) if text for i in range(0, len(text), longest))
 
-    digests, sizes, odd = {}, [0], []  # digests: one of a small file, those of the documents of a large one
+    digests, sizes, odd = {}, [0], []  # one digest for a small file, else one per document
     for path in tqdm(files, "read", disable=None, leave=False):
         digests[path] = []
         for text in ["".join(documents(path))] if path.stat().st_size <= small else documents(path):
@@ -447,11 +447,11 @@ def split_text(files, limit=None):
                 odd.append(path)
     if odd:
         print(f"odd text:  {len(odd):,} of {len(files):,} files are not clean UTF-8, for example {odd[0]}")
-    every = np.array([-1, *chain(*digests.values())])
-    order = np.argsort(every)
+    values = np.array([-1, *chain(*digests.values())])
+    order = np.argsort(values)
     reached = np.cumsum(np.array(sizes)[order])
     at = np.searchsorted(reached, held_out(reached[-1]))
-    last = every[order[at - (reached[at] > MOST * reached[-1])]]
+    last = values[order[at - (reached[at] > MOST * reached[-1])]]
 
     def texts(held):
         for path, found in digests.items():
@@ -468,7 +468,7 @@ def split_text(files, limit=None):
 
 
 def gather(data, shards, num_shards):
-    """The files of the corpus `data`, downloaded to the folder `shards` or found."""
+    """The files of the corpus `data`, downloaded to `shards` or found on disk."""
     wanted = {}
     if data == "climbmix":
         for i in *range(num_shards), LAST_SHARD:
@@ -485,7 +485,7 @@ def gather(data, shards, num_shards):
 
 
 def split(data, files, num_shards):
-    """(train, val) of the corpus `data`: functions that yield lists of documents."""
+    """(train, val) of the corpus `data`: functions that yield groups of documents."""
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:])
     return split_text(files, num_shards * STORIES if data == "tinystories" else None)
@@ -493,7 +493,7 @@ def split(data, files, num_shards):
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
 
-TRAIN_CHARS, TRAIN_DOC_CHARS = 10**9, 10_000  # to train the tokenizer: in all, of a document
+TRAIN_CHARS, TRAIN_DOC_CHARS = 10**9, 10_000  # to train the tokenizer: in all, per document
 
 
 class Tokenizer:
@@ -507,7 +507,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, groups, vocab_size):
-        """Train on lists of documents; `vocab_size` includes the special tokens."""
+        """Train on groups of documents; `vocab_size` includes the special tokens."""
         import rustbpe
 
         def capped(left=TRAIN_CHARS):
@@ -522,11 +522,11 @@ class Tokenizer:
         tokenizer = cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
         found = tokenizer.get_vocab_size()
         if found < vocab_size:
-            raise PrepareError(f"this text has no {vocab_size} tokens; add text or use --vocab-size {found}")
+            raise PrepareError(f"this text gives only {found} tokens; add text or use --vocab-size {found}")
         return tokenizer
 
     def save(self, directory):
-        """Write tokenizer.tiktoken: lines of a token's bytes in base64 and its rank."""
+        """Write tokenizer.tiktoken: one line per token, its bytes in base64 and its rank."""
         lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in self.ranks.items()]
         (Path(directory) / "tokenizer.tiktoken").write_bytes(b"".join(lines))
 
@@ -558,10 +558,10 @@ class Tokenizer:
 
 
 def write_store(tokenizer, groups, stem):
-    """Tokenize `groups`, lists of documents; returns (documents, tokens).
+    """Tokenize `groups`, lists of documents. Returns the numbers of documents and of tokens.
 
-    stem.bin: the tokens, uint16. stem.idx, int64: the number n of documents, their n + 1 boundaries in
-    tokens, the boundaries of groups in documents.
+    stem.bin, uint16: the tokens. stem.idx, int64: the number n of documents, their n + 1 boundaries in
+    the tokens, the boundaries of the groups in the documents.
     """
     lengths, group_starts = [], [0]
     with open(stem.with_suffix(".bin"), "wb") as f:
@@ -584,7 +584,7 @@ class TokenStore:
         self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), np.uint16, "r"))
 
     def batches(self, size=128):
-        """One epoch of documents as (starts, stops), at most `size` of one group."""
+        """One epoch in batches (starts, stops) of up to `size` documents of one group."""
         for first, last in pairwise(self.groups):
             for i in range(first, last, size):
                 edges = self.starts[i : min(i + size, last) + 1].tolist()
@@ -597,14 +597,14 @@ class TokenStore:
 
 # === 5. Loader: best-fit packing of documents into rows ===
 
-BUFFER_DOCS = 1_000  # waiting documents to choose from
+BUFFER_DOCS = 1_000  # documents to choose from
 
 
 def pack_rows(batches, capacity):
     """Yield rows of `capacity` tokens, lists of (start, stop), from batches of (starts, stops).
 
-    A gap gets the longest document that fits, the first of equals. If none fits, the shortest is cropped.
-    Ends before a row that it cannot fill.
+    The longest document that fits fills a gap, the first of equals. If none fits, the shortest is cropped.
+    Stops before a row that it cannot fill.
 
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
     [[(0, 4), (4, 5)]]
@@ -647,7 +647,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
         rows = pack_rows(epochs(), T + 1)
         while True:
             tokens = store.rows(list(islice(rows, B)), T + 1)
-            # torch reuses a pinned buffer only after its copies
+            # torch reuses pinned memory only after its copy
             batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
             batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
             yield *batch.to(device, non_blocking=True), epoch
@@ -657,9 +657,9 @@ def make_dataloader(tokenizer, B, T, split, device=None):
 
 # === 6. Evaluation: the metric, and the probe for leaks ===
 
-EVAL_ROWS = 16  # per forward at most: 16 x 2048 x 8192 fp32 logits are 1 GiB
+EVAL_ROWS = 16  # most rows per forward: 16 x 2048 x 8192 fp32 logits are 1 GiB
 PROBED, REPEATS = 0.15, 8  # share of the batches that are probed; probes of the first batch at the end
-ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # nats; bf16 rounding stays below
+ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # limits in nats, above bf16 rounding
 evaluated = []  # types of the models scored
 
 
@@ -686,16 +686,16 @@ def validation_rows():
 def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     """Bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]. Lower is better.
 
-    The metric: the cross-entropy of the targets in the validation rows, in bits, over their UTF-8 bytes.
-    Special tokens count in neither. It is computed in fp32, in batches that halve when out of memory.
-    `inspect(cost, inputs, targets)` may add checks; it returns cost(inputs, targets). `tokenizer` is ignored,
-    as the model could change it. Raises Refused.
+    The metric: the cross-entropies in bits of the targets in the validation rows, over their UTF-8 bytes.
+    Special tokens count in neither sum. It is computed in fp32; the batch is halved when out of memory.
+    `inspect(cost, inputs, targets)` may add checks and must return cost(inputs, targets). `tokenizer` is
+    ignored, since train.py could change it. Raises Refused.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
     def cost(inputs, targets):
-        logits = model(inputs.clone())  # the model may write to them
+        logits = model(inputs.clone())  # the model may write to its input
         shape = *inputs.shape, len(token_bytes)
         if type(logits) is not torch.Tensor or logits.shape != shape:
             raise Refused(f"the model returned {type(logits).__name__} {getattr(logits, 'shape', '')}, "
@@ -731,7 +731,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
 
 
 class Inspector:
-    """Probes random batches of `rows`, (n, T + 1), for leaks, as `inspect` of evaluate_bpb."""
+    """Probes random batches of `rows` (n, T + 1) for leaks, as `inspect` of evaluate_bpb."""
 
     def __init__(self, rows):
         self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
@@ -749,13 +749,13 @@ class Inspector:
             change = float(edges.abs().mean())
             if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
                 raise Refused(f"the model sees the future or other rows: costs change by {change:.2g} nats")
-        self.scored += len(inputs)  # unless out of memory
+        self.scored += len(inputs)  # not reached if out of memory
         return nats
 
     def probe(self, cost, inputs, targets, nats=None):
         """Raise Refused if tokens that the model must not see change the cost of a target.
 
-        Each row keeps a prefix (one row: all) and gets the rest of another row. Mixed rows come first.
+        A mixed row is a prefix of its row and the rest of another (one is whole). Mixed rows come first.
         """
         import torch
 
@@ -773,11 +773,11 @@ class Inspector:
             return nats
         row, at = divmod(int(change.abs().argmax()), T)
         others[row] = inputs[row]
-        again, beside = (cost(idx, targets) - nats for idx in (inputs, others))
+        again, mixed_in = (cost(idx, targets) - nats for idx in (inputs, others))
         if float(again.abs().max()) > ONE_CHANGE:
-            raise Refused("two forwards of an input differ: logits must not be random or remember it")
-        if float(beside[row].abs().max()) > ONE_CHANGE:
-            raise Refused("the logits of a row depend on the other rows, or on earlier ones")
+            raise Refused("two forwards of an input differ: logits must not be random or remember inputs")
+        if float(mixed_in[row].abs().max()) > ONE_CHANGE:
+            raise Refused("the logits of a row depend on the other rows, or on rows seen before")
         raise Refused(f"the model sees the future: tokens from {lengths[row]} on change the cost of target "
                       f"{at} by {float(change[row, at]):.2g} nats")
 
@@ -799,7 +799,7 @@ def prepare(data, scale, num_shards=None, vocab_size=None):
     with lock_file(folder / "lock", os.getpid()):
         files = gather(data, folder / "shards", spec["num_shards"])
         hashes = []
-        for path in files if data not in CORPORA else ():  # new packages must not change the rows of python
+        for path in files if data not in CORPORA else ():  # a new package must not change the corpus python
             with reading(path):
                 hashes.append(sha256_of(path))
         spec |= dict(data=name, text=digest(hashes))
@@ -815,13 +815,13 @@ def prepare(data, scale, num_shards=None, vocab_size=None):
         write_text(cache_root() / "current", target.name)
         for path in {*folder.parent.glob(folder.name + "-????????")} - {target}:
             shutil.rmtree(path)
-    print("tokens:    {train_tokens:,} to train on, {val_rows:,} rows of {seq_len} to validate, "
+    print("tokens:    {train_tokens:,} for training, {val_rows:,} validation rows of {seq_len}, "
           "vocabulary {vocab_size:,}".format(**manifest))
     print(f"ready:     {target}\nnext:      uv run train.py")
 
 
 def build(target, spec, train, val):
-    """Make the folder `target`, by a rename at the end; returns its manifest."""
+    """Build the folder `target` atomically; return its manifest."""
     building, capacity = target.with_name(target.name[:-8] + "building"), spec["seq_len"] + 1
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
@@ -830,8 +830,8 @@ def build(target, spec, train, val):
     docs, tokens = write_store(tokenizer, train(), building / "train")
     _, val_tokens = write_store(tokenizer, val(), building / "val")
     if not docs or val_tokens < capacity:
-        raise PrepareError(f"{docs} documents to train on and {val_tokens} tokens to validate are too few; "
-                           "give more text")
+        raise PrepareError(f"too little text: {docs} training documents, {val_tokens} validation tokens; "
+                           "add more text")
     store = TokenStore(building / "val")
     rows = list(islice(pack_rows(store.batches(), capacity), spec["val_rows"]))
     store.rows(rows, capacity).tofile(building / "val_rows.bin")
@@ -839,7 +839,7 @@ def build(target, spec, train, val):
     manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
     manifest["digest"] = digest(manifest)
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(target, ignore_errors=True)  # damaged
+    shutil.rmtree(target, ignore_errors=True)  # a damaged one
     os.replace(building, target)
     return manifest
 
@@ -852,24 +852,24 @@ def main():
     option("--data", default="climbmix", metavar="NAME|PATH", type=os.path.expanduser,
            help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small: 1)")
+           help="shards of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small: 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="with 4 special tokens; 256: bytes only (default: 8192; small: 2048)")
+           help="including 4 special tokens; 256: bytes only (default: 8192; small: 2048)")
     option("--scale", choices=SCALES,
            help="full: for a GPU of 40 GB or more; medium: other GPUs; small: a CPU (default: what fits)")
     args = parser.parse_args()
     for name, value, other, low, high in (("num-shards", args.num_shards, -1, 1, LAST_SHARD),
                                           ("vocab-size", args.vocab_size, 256, 260, 2**16)):
         if value not in (None, other, *range(low, high + 1)):
-            parser.error(f"--{name} {value} is not from {low} to {high}, nor {other}")
+            parser.error(f"--{name} {value} must be {low} to {high}, or {other}")
     if args.data not in CORPORA and not os.path.exists(args.data):
-        parser.error(f"--data {args.data} is no corpus, file or folder")
+        parser.error(f"--data {args.data} is not a corpus, file or folder")
     try:
         prepare(args.data, args.scale or device_scale(), args.num_shards, args.vocab_size)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same; wait for it or stop it")
+        sys.exit(f"error: process {holder} prepares the same data; wait for it or stop it")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from here")
+        sys.exit("interrupted: run the same command again to resume")
     except OSError as error:
         sys.exit(f"error: {error}; fix it or set AUTORESEARCH_CACHE")
 

@@ -149,7 +149,7 @@ def test_an_interrupt_is_one_line(served, tmp_path):
     process.stdout.readline()  # of the shards
     process.send_signal(signal.SIGINT)
     code, _, err = outcome(process)
-    assert code == 1 and "goes on from here" in err
+    assert code == 1 and "run the same command again to resume" in err
 
 
 def test_two_at_once(sound, served, tmp_path):
