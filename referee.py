@@ -1,10 +1,10 @@
 """
 The referee: it times and logs a run, and says what to do next. Nobody edits this file.
 
-    from referee import Run    what train.py trains in
-    uv run referee.py          prints the runs of this night, rewrites results.tsv
+    from referee import Run    train.py trains inside a Run
+    uv run referee.py          prints the runs since the commit "baseline", rewrites results.tsv
 
-Three rooms, each using only those above it and prepare.py: grep -n '^# ===' referee.py
+Each section uses only those above it and prepare.py: grep '^# ===' referee.py
 """
 
 import contextlib
@@ -35,8 +35,8 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"  # of results.tsv
 
 @functools.cache
 def git(*words, stdin=""):
-    """What git prints, asked once; if it fails, its complaint is printed and "" returned."""
-    command = ["/usr/bin/env", "git", "-C", str(REPOSITORY), *words]  # env complains where git is missing
+    """The output of git, cached. If git fails, print its error and return ""."""
+    command = ["/usr/bin/env", "git", "-C", str(REPOSITORY), *words]  # env reports a missing git
     run = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", errors="replace")
     if run.returncode:
         print(f"git {words[0]} failed: {' '.join(run.stderr.split())}")
@@ -46,20 +46,20 @@ def git(*words, stdin=""):
 def history():
     """[(hash, twin, subject)] of HEAD and its ancestors, newest first.
 
-    The twin, the author's time and the hash of train.py, survives an amended message and a rebase.
+    The twin (author's time, hash of train.py) stays the same after an amended message and a rebase.
     """
     log = git("log", "-z", "-n5000", "--no-show-signature", "--encoding=UTF-8", "--format=%H%x09%at%x09%s")
     if not log:
         return [("none", "none", "")]
     commits = [line.split("\t", 2) for line in log.split("\0")]
     files = git("cat-file", "--batch-check", stdin="".join(f"{c[0]}:./train.py\n" for c in commits))
-    files = files or "\n" * (len(commits) - 1)  # a partial clone without a network
+    files = files or "\n" * (len(commits) - 1)  # git fails in a partial clone without a network
     return [(code, f"{at} {file}", subject)
             for (code, at, subject), file in zip(commits, files.split("\n"), strict=True)]
 
 
 def all_runs(own=None):
-    """The runs of this machine, oldest first. One without an end record whose process is gone is a crash.
+    """The runs of this machine, oldest first. If a run has no final record and no process, it crashed.
 
     `own`: the record of this run, which may not be in the journal yet.
     """
@@ -73,14 +73,14 @@ def all_runs(own=None):
     for run, r in records.items():
         if r is not own and r["status"] is None and prepare.lock_holder(cache_root() / r["lock"]) != run:
             r |= dict(status="crash", error="killed from outside, or by the system because memory ran out")
-            trace = cache_root() / f"{run}.trace"  # of faulthandler, when a limit was passed
+            trace = cache_root() / f"{run}.trace"  # faulthandler writes it when a run hangs
             if trace.exists() and trace.stat().st_size:
                 r |= dict(status="timeout", error=f"hung; the traceback is in {trace}")
     return [*records.values()]
 
 
 def night_of(commits, runs):
-    """The night of HEAD: that of its nearest ancestor with a run. A commit "baseline" begins a new one."""
+    """The night of HEAD is that of its nearest ancestor with a run. A commit "baseline" starts a new one."""
     nights = {name: r["night"] for r in runs for name in r["names"]}
     for code, twin, subject in commits:
         if night := nights.get(code) or nights.get(twin):
@@ -111,7 +111,7 @@ def row(r):
 
 
 def write_results(runs):
-    """Write results.tsv: every run that has ended and was no trial."""
+    """Write results.tsv: all finished runs except trials."""
     rows = [row(r) for r in runs if r["standard"] and r["state"] != "running"]
     if rows:
         prepare.write_text((REPOSITORY / "results.tsv").resolve(), "\n".join([HEADER, *rows]) + "\n")
@@ -120,7 +120,7 @@ def write_results(runs):
 # === 2. Verdict: what to do after a run ===
 
 def setting(r):
-    """What must be equal for two scores to be compared."""
+    """Two scores are comparable if these are equal."""
     return r["data"], r["time_budget"], r["device"]
 
 
@@ -136,12 +136,12 @@ def noise(runs):
 
 
 def verdict_of(run, runs):
-    """What to do after `run`, in words; `runs` are those of its night.
+    """Say what to do after `run`, given all `runs` of its night.
 
-    For each seed, compare the mean of this commit with the best mean of the other kept commits. Confirm a
-    gain on seed 1 if they ran on it; then the mean gain must exceed the noise.
+    For each seed, compare the mean of this commit with the best mean of the other kept commits. If they also
+    ran on seed 1, confirm a gain on it. The mean gain must exceed the noise.
     """
-    own, scores, marks, gains = run["commit"], defaultdict(dict), {}, {}
+    own, scores, best, gains = run["commit"], defaultdict(dict), {}, {}
     if run["status"] != "ok":
         return "none (no score): fix a mistake and run again, or undo the commit"
     runs = [r for r in runs if r["status"] == "ok" and setting(r) == setting(run)]
@@ -151,17 +151,17 @@ def verdict_of(run, runs):
     for seed, others in scores.items():
         mine = others.pop(own, [])
         if others:
-            marks[seed] = min(map(fmean, others.values()))
+            best[seed] = min(map(fmean, others.values()))
         if mine and others:
-            gains[seed] = marks[seed] - fmean(mine)
+            gains[seed] = best[seed] - fmean(mine)
     if len(gains) < 2 and not run["standard"]:
         return "none (another seed or time budget, so not in results.tsv)"
     if own.endswith("+"):
         return "none (uncommitted changes): commit them and run again"
     if not gains:
         return "keep (first)"
-    gain, spread, confirm = fmean(gains.values()), noise(runs), len(gains) == 1 and 1 in marks
-    than = "on the mean of two seeds" if len(gains) > 1 else f"than {marks[max(gains)]:.4f}"
+    gain, spread, confirm = fmean(gains.values()), noise(runs), len(gains) == 1 and 1 in best
+    than = "on the mean of two seeds" if len(gains) > 1 else f"than {best[max(gains)]:.4f}"
     words = f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'} {than}"
     if gain > (spread / 2 if confirm else spread):
         word = "confirm: run again with AUTORESEARCH_SEED=1" if confirm else "keep"
@@ -174,13 +174,13 @@ def verdict_of(run, runs):
 # === 3. Run: clock, limits, lock and report ===
 
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
-START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # seconds until it hangs; TRAIN_LIMIT: over the budget
+START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # most seconds; TRAIN_LIMIT is added to the budget
 SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 STATUS = {Refused: "refused", FloatingPointError: "nan"}
 
 
 def fingerprint():
-    """What train.py could replace at run time: constants by value, functions and methods by their code."""
+    """All that train.py could replace at run time: values of constants, code of functions."""
     owners = prepare, sys.modules[__name__], prepare.Tokenizer, prepare.Inspector, Run
     return {f"{owner.__name__}.{name}": repr(v) if name.isupper() else id(getattr(v, "__code__", v))
             for owner in owners for name, v in vars(owner).items()}
@@ -198,7 +198,7 @@ class Run:
         self.budget, self.data = prepare.TIME_BUDGET, read_manifest(thorough=True)
         self.started = self.late_loss = self.value = None
         self.losses, self.lines, self.step_seconds = deque(maxlen=20), 0, [0.0, 0.0]
-        self.record = dict(  # the report, in its order, then what only the journal has
+        self.record = dict(  # in the order of the report; the last keys are only in the journal
             val_bpb=None, training_seconds=0.0, total_seconds=0.0, peak_vram_mb=0.0, mfu_percent="n/a",
             total_tokens_M=0.0, num_steps=0, num_params_M=0.0, depth=0, status=None, error="", verdict="",
             noise=None, tokens_per_second=0, startup_seconds=0.0, eval_seconds=0.0, device="", attention="",
@@ -221,18 +221,18 @@ class Run:
             raise PrepareError(f"{r['device']} is taken: process {holder} trains on it; wait, or choose "
                                "another GPU with CUDA_VISIBLE_DEVICES") from None
         except OSError as error:
-            raise PrepareError(f"no log can be written: {error}; set AUTORESEARCH_CACHE") from None
+            raise PrepareError(f"cannot write the log: {error}; set AUTORESEARCH_CACHE") from None
         sys.stdout = prepare.Output(sys.stdout)
         for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler)  # which raises KeyboardInterrupt
+            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         self.limit(START_LIMIT)
-        os.environ.setdefault("LOGNAME", str(os.getuid()))  # torch needs one, also without an account
+        os.environ.setdefault("LOGNAME", str(os.getuid()))  # torch needs a name, even without an account
         commits, dirty = history(), ""
         head, twin, subject = commits[0]
         code = head
         if head != "none":
             dirty = git("status", "--porcelain", "--", ":(glob)*.py")
-            code = dirty and git("stash", "create") or head  # a commit of the present files, on no branch
+            code = dirty and git("stash", "create") or head  # a commit of the current files, on no branch
             git("update-ref", f"refs/runs/{code[:7]}", code)  # so that git never deletes it
         r |= dict(commit=code[:7] + "+" * bool(dirty), names=[] if dirty else [head, twin],
                   description="uncommitted, after: " * bool(dirty) + " ".join(subject.split()),
@@ -242,11 +242,11 @@ class Run:
         return self
 
     def limit(self, seconds):
-        """End the process with a traceback if it takes longer."""
+        """Kill the process with a traceback after `seconds`, unless called again."""
         faulthandler.dump_traceback_later(seconds, exit=True, file=self.trace)
 
     def log(self):
-        """Write the record to the journal, and results.tsv. If one cannot be written, the other still is."""
+        """Write the journal, then results.tsv. If one cannot be written, the other still is."""
         r = self.record
         rate = 1e6 * r["total_tokens_M"] / max(r["training_seconds"], 1e-9)
         r |= dict(peak_vram_mb=prepare.peak_memory() / 2**20, total_seconds=time.monotonic() - OPENED,
@@ -266,7 +266,7 @@ class Run:
                 self.record["error"] += f" NOT LOGGED: {error}"
 
     def start(self):
-        """Start the clock; all before was start-up."""
+        """Start the clock. Everything before counts as start-up."""
         if self.started is not None:
             raise Refused("start() was called twice; call it once")
         self.limit(self.budget + TRAIN_LIMIT)
@@ -280,9 +280,9 @@ class Run:
         return (time.monotonic() - self.started) / self.budget
 
     def step(self, loss, tokens):
-        """Count an optimizer step on `tokens` tokens. Its loss, a tensor, is read one step late."""
+        """Count an optimizer step on `tokens` tokens. The tensor `loss` is read one step late."""
         self.read_loss()
-        if self.device.type == "cuda":  # read_loss() waits for this copy, not for the step after it
+        if self.device.type == "cuda":  # read_loss() waits for this copy, not for the next step
             loss = torch.as_tensor(loss).detach().to("cpu", non_blocking=True)
             self.copied = torch.cuda.current_stream().record_event()
         self.late_loss, now = loss, time.monotonic()
@@ -300,7 +300,7 @@ class Run:
         r, progress, live = self.record, self.progress(), sys.stdout.isatty()
         if not math.isfinite(self.losses[-1]):
             raise FloatingPointError(f"training loss is {self.losses[-1]} at step {r['num_steps']}")
-        if live or r["num_steps"] <= 3 or 20 * progress >= self.lines:  # in a file a line every 5%
+        if live or r["num_steps"] <= 3 or 20 * progress >= self.lines:  # in a file one line per 5%
             self.lines = math.floor(20 * progress) + 1
             seconds = r["training_seconds"] = progress * self.budget
             print(f"step {r['num_steps']:05d} | {min(100, 100 * progress):5.1f}% | loss "
@@ -315,11 +315,11 @@ class Run:
         seconds = r["training_seconds"] = begun - self.started
         self.limit(EVAL_LIMIT)
         if prepare.evaluated:
-            raise Refused("a run has one score, and evaluate_bpb was called before")
+            raise Refused("a run has one score, but evaluate_bpb was called before")
         if (self.started - OPENED, budget) != (r["startup_seconds"], r["time_budget"]):
-            raise Refused("the clock was set: start() and the time budget must stay as they are")
+            raise Refused("the clock was changed: do not touch start() or the time budget")
         *before, last = self.step_seconds
-        late = 2 + 0.01 * budget + 2 * min(last, max(before))  # a GPU is a step behind
+        late = 2 + 0.01 * budget + 2 * min(last, max(before))  # a GPU is one step behind
         if not -0.02 * budget <= seconds - budget <= late:
             raise Refused(f"trained for {seconds:.1f} s of a budget of {budget:.1f} s: stop at progress() 1")
         self.intact()
@@ -339,21 +339,21 @@ class Run:
             raise Refused("other data were prepared during the run; run it again")
 
     def __exit__(self, kind, error, trace):
-        for number in SIGNALS:  # a second Ctrl-C must not cost the record
+        for number in SIGNALS:  # a second Ctrl-C must not stop the logging
             signal.signal(number, signal.SIG_IGN)
         r, stopped = self.record, kind is KeyboardInterrupt
         status = "oom" if out_of_memory(error) else STATUS.get(kind, "crash")
-        plain = kind in STATUS
+        known = kind in STATUS
         if error or self.value is None:
-            text = f"{kind.__name__}: {error}" if error and not plain else str(error or "there is no score")
+            text = f"{kind.__name__}: {error}" if error and not known else str(error or "there is no score")
             r["error"] = "interrupted" if stopped else " ".join(text.split())[:500]
-        lost = self.value is None or plain  # a score outlives a later crash
+        lost = self.value is None or known  # a later crash does not lose a score
         r |= dict(val_bpb=None, status=status) if lost else dict(val_bpb=self.value, status="ok")
         self.log()
         if error and status == "crash" and not stopped:
             traceback.print_exception(error, file=sys.stdout)
         print("\n---" if sys.stdout.isatty() else "---")
-        for key, value in [*r.items()][:21]:  # to the commit
+        for key, value in [*r.items()][:21]:  # up to commit
             if isinstance(value, float):
                 value = f"{value:.{6 if key in ('val_bpb', 'noise') else 1}f}"
             if value not in (None, ""):
@@ -378,7 +378,7 @@ def main():
     rows = [r for r in runs if r["standard"]]
     kept = [r for r in rows if r["state"] == "keep"]
     crashed = sum(r["state"] == "crash" for r in rows)
-    line = f"without trials {len(rows)} runs, {len(kept)} kept, {crashed} crashed"
+    line = f"{len(rows)} runs (trials not counted), {len(kept)} kept, {crashed} crashed"
     if kept:
         value, best = min((r["val_bpb"], r["commit"]) for r in kept)
         line = f"best {value:.6f} ({best}), {kept[0]['val_bpb'] - value:.6f} below the first; {line}"

@@ -411,10 +411,10 @@ RUNS = {
     "evaluated before": (evaluated_before, "a run has one score"),
     "score made up": (lambda run, score: run.record.update(val_bpb=0.5, status="ok"), "no score"),
     "started twice": (lambda run, score: run.start(), "start.. was called twice"),
-    "clock moved": (clock_moved, "clock was set"),
+    "clock moved": (clock_moved, "clock was changed"),
     "both clocks moved": (both_clocks_moved, "changed at run time: referee.OPENED"),
-    "budget changed": (budget_changed, "clock was set"),
-    "budget changed in the environment": (environment_changed, "clock was set"),
+    "budget changed": (budget_changed, "clock was changed"),
+    "budget changed in the environment": (environment_changed, "clock was changed"),
     "prepare changed": (prepare_changed, "changed at run time: prepare.__getattr__, prepare.pack_rows, "
                         "prepare.EVAL_ROWS, prepare.evaluate_bpb, .*Tokenizer.get_vocab_size, Run.progress"),
     "prepare changed and put back": (prepare_changed_back, "changed at run time: Inspector.probe"),

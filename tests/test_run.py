@@ -326,7 +326,7 @@ def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
     assert re.search(rf"; process {pid} is running, \d+ s left;", table[-1])
     os.kill(pid, signal.SIGKILL)
     lab.wait()
-    assert lab.look()[-1].startswith("without trials 1 runs, 0 kept, 1 crashed")
+    assert lab.look()[-1].startswith("1 runs (trials not counted), 0 kept, 1 crashed")
 
 
 # Rows and verdicts
