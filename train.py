@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from itertools import cycle, islice
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # CPU threads that spin longer stall beside a busy process
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # CPU threads that spin longer stall on a busy machine
 if "microsoft" not in os.uname().release:  # WSL has no expandable segments
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
@@ -28,7 +28,7 @@ from referee import Run
 
 # === Constants: only main() reads them. Edit a line, commit, run ===
 
-# Values without a note are those of the best public logs on H100 and H200 at this size
+# Values without a note come from the best public logs on H100 and H200 at this size
 # Model
 DEPTH = 8  # layers
 N_EMBD = 768  # width, a multiple of HEAD_DIM; 8 x 768 beats 8 x 512 in public H100 and B200 logs
@@ -40,15 +40,15 @@ VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SHIFT_KEYS = False  # half of each key comes from the previous token; not tried on a GPU
-NGRAMS = ()  # n-grams of these orders have embeddings, added to that of the token; not tried on a GPU
+NGRAMS = ()  # orders of n-grams with an embedding, added to that of the token; not tried on a GPU
 NGRAM_ROWS = 2**15  # hashed rows per order; not tuned
-RECALL = ()  # for these n, also the token that last followed the same n tokens; not tried on a GPU
+RECALL = ()  # for these n, embed the token that last followed the same n tokens; not tried on a GPU
 SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens per optimizer step, rounded to whole rows; 2**19 gives too few steps
 DEVICE_BATCH = 64  # most rows per forward; halved when out of memory
-ROW_MIB = 510  # GPU memory of a row in a forward, by dry run (750 uncompiled): fewer rows on smaller cards
+ROW_MIB = 510  # GPU memory per row, from a dry run (750 uncompiled); smaller cards get fewer rows
 COMPILE = True  # torch.compile; takes 30 to 120 s before the clock starts
 
 # Optimizer: learning rates are for width 768; AdamW's matrices scale theirs by (N_EMBD / 768)^-0.5
@@ -59,7 +59,7 @@ RESID_LR, X0_LR = 0.005, 0.5  # AdamW, per-layer scalars
 ADAM_BETAS = (0.8, 0.95)
 MATRIX_DECAY = 0.125  # cautious: only where update and weight have the same sign; fades as (1 - progress)^2
 EMBED_DECAY, VALUE_DECAY, HEAD_DECAY = 0.0005, 0.004, 0.002  # decoupled weight decay
-MOMENTUM = (0.85, 0.92, 0.05)  # Muon: start, end, share of the run for the change
+MOMENTUM = (0.85, 0.92, 0.05)  # Muon: from, to, over this share of the run
 
 # Schedule, in shares of the time budget
 WARMDOWN = 0.8  # last part of the run: learning rates fall linearly
@@ -88,7 +88,7 @@ if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. `windows`: visible earlier tokens of each layer, sequence_len for all."""
+    """The shape of a GPT. `windows`: how many earlier tokens each layer sees; sequence_len: all."""
 
     sequence_len: int
     vocab_size: int
@@ -116,13 +116,13 @@ class GPTConfig:
 def layer_windows(pattern, n_layer, short_window, sequence_len):
     """The window of each layer in tokens: `pattern` repeats, the last layer is full."""
     if not pattern or set(pattern) - set("SL"):
-        raise ValueError(f"WINDOW_PATTERN = {pattern!r} may hold the letters S and L only")
+        raise ValueError(f"WINDOW_PATTERN = {pattern!r} must consist of the letters S and L")
     widths = dict(S=min(short_window, sequence_len), L=sequence_len)
     return [widths[letter] for letter in islice(cycle(pattern), n_layer - 1)] + [sequence_len]
 
 
 def hash_ngrams(idx, n, rows):
-    """A number below `rows` for the last n tokens at each position of idx (B, T)."""
+    """A hash, below `rows`, of the last n tokens at each position of idx (B, T)."""
     key = idx
     for i in range(1, n):
         key = key * 1_000_003 + F.pad(idx, (i, -i))
@@ -130,10 +130,10 @@ def hash_ngrams(idx, n, rows):
 
 
 def recall(idx, n, vocab_size):
-    """The token after the last earlier occurrence of the last n tokens, vocab_size if there is none: (B, T).
+    """The token that followed the previous occurrence of the last n tokens; if none, vocab_size. (B, T)
 
-    An induction head (arXiv 2209.11895) has to learn this. A stable sort by n-gram puts that occurrence
-    before the present one. The token after it is the present one at the latest, not of the future.
+    An induction head (arXiv 2209.11895) has to learn this. A stable sort by n-gram puts the previous
+    occurrence just before the current one. The token after it is never a future token.
     """
     key, order = hash_ngrams(idx, n, 2**62).sort(dim=1, stable=True)
     found = F.pad(key[:, 1:] == key[:, :-1], (1, 0))
@@ -315,7 +315,7 @@ def loss_of(model, idx, targets):
 
 # === Optimizer ===
 
-# Polar Express (arXiv 2505.16932): the best quintics for five iterations, singular values from 1e-3 up
+# Polar Express (arXiv 2505.16932): the best quintics for five iterations and singular values above 1e-3
 POLAR_EXPRESS = [(8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061),
                  (3.2858, -2.3681, 0.4645), (2.3465, -1.7098, 0.4232)]
 
@@ -399,7 +399,7 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
 
 
 def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
-    """Set learning rates, momentum and decay. Rates fall to `final_lr` of the peak in the last `warmdown`."""
+    """Set rates, momentum, decay. In the last `warmdown`, learning rates fall to `final_lr` of the peak."""
     start, stop, share = momentum
     adamw, muon = optimizers
     left = max(0.0, 1 - progress)
@@ -425,13 +425,13 @@ def activation_dtype(device):
 
 
 def split_batch(rows, at_most):
-    """(rows per forward, forwards per step): `rows` or a few more in all, no forward above `at_most`."""
+    """(rows per forward, forwards per step): at least `rows` in all, at most `at_most` per forward."""
     forwards = math.ceil(rows / at_most)
     return math.ceil(rows / forwards), forwards
 
 
 def train_step(loss_fn, model, optimizers, batches, forwards):
-    """One optimizer step on `forwards` batches (inputs, targets, epoch). Does not wait for the mean loss."""
+    """One step on `forwards` batches (inputs, targets, epoch). Returns the mean loss without waiting."""
     total = 0.0
     for inputs, targets, _ in islice(batches, forwards):
         loss = loss_fn(model, inputs, targets) / forwards
@@ -454,7 +454,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
         micro, forwards = split_batch(rows, at_most)
         try:
             made_up = torch.arange(2 * micro * T, device=device).view(2, micro, T) % vocab_size
-            for _ in range(2):  # two tensors, inputs and targets, as in training: no second compilation
+            for _ in range(2):  # two tensors, as in training: else training would recompile
                 train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
             return micro, forwards
         except Exception as error:
@@ -475,7 +475,7 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
                 optimizer.state.clear()
                 optimizer.zero_grad()
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # of a failed try
+                torch.cuda.reset_peak_memory_stats()  # forget failed tries
 
 
 @torch.no_grad()
@@ -531,7 +531,7 @@ def main():
         run.score(model, tokenizer, micro)
         prompt = torch.full((2, 1), tokenizer.get_bos_token_id(), device=run.device)
         for ids in sample(model, prompt, 80).tolist():
-            print("it writes:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
+            print("sample:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
         if run.record["verdict"].startswith("keep"):
             part = cache_root() / "best.pt.part"
             torch.save(dict(config=vars(config), weights=model.state_dict()), part)

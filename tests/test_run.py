@@ -192,7 +192,7 @@ def test_one_experiment_from_start_to_report(driver, tmp_path, toy):
     losses = [float(loss) for loss in re.findall(r"^step \d+ .* loss ([\d.]+)", log, re.M)]
     assert losses[-1] < losses[0]
     assert "\r" not in log and log.startswith(f"commit {report['commit']}, seed 42: ")
-    assert log.count("\nit writes:\n    ") == 2
+    assert log.count("\nsample:\n    ") == 2
 
 
 # Every ending of the real train.py
