@@ -1,14 +1,14 @@
 """
-Run train.py on a GPU that is not there, to see whether it fits and compiles before you rent one.
+Run train.py on a simulated GPU, to check that it fits and compiles before you rent a real one.
 
-    uv run python tests/dry_gpu.py --gpu 4090                                  the default for that card, compiled
-    uv run python tests/dry_gpu.py --gpu t4 --set COMPILE=False DEPTH=2        with other constants of train.py
+    uv run python tests/dry_gpu.py --gpu 4090                                  default constants, compiled
+    uv run python tests/dry_gpu.py --gpu t4 --set COMPILE=False DEPTH=2        some constants changed
 
-A library replaces the CUDA runtime, its driver and cuBLAS (LD_PRELOAD); its kernels do nothing. Everything else is
-real: torch's checks of device, dtype and shape, its allocator on the memory of the card, autograd, Dynamo, Inductor,
-Triton and ptxas for the card's architecture, out of memory, evaluation, report. Speed and values are not: the loss is
-0. The exit code is 0 if the run is ok, no training step waited for the GPU, and no graph broke or was compiled again.
-It needs g++ and nm, and takes 15 seconds uncompiled, minutes compiled.
+A library (LD_PRELOAD) replaces the CUDA runtime, the driver and cuBLAS. Kernels do nothing, so speed and values are
+meaningless: the loss is 0. Everything else is real: torch's checks of device, dtype and shape, its allocator with the
+card's memory, autograd, Dynamo, Inductor, Triton and ptxas for the card's architecture, out of memory, evaluation and
+report. The exit code is 0 if the run is ok, no training step waited for the GPU, and there was no graph break and no
+recompilation. It needs g++ and nm. It takes 15 seconds uncompiled, minutes compiled.
 """
 
 import argparse
@@ -108,7 +108,7 @@ F cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   return 0;
 }
 
-// Memory: addresses are real (mapped, never filled) and counted, so that the card can be full
+// Memory: allocations are mapped, never filled, and counted, so that the card can run out of memory
 static std::mutex mutex;
 static u64 used;
 static std::map<u64, u64> ranges, blocks;                  // address: bytes
@@ -172,14 +172,14 @@ F cudaPointerGetAttributes(cudaPointerAttributes* a, cp p) {
 }
 F cuPointerGetAttribute(void* out, int which, u64 p) { if (which == 3) *(u64*)out = p; else *(int*)out = 0; return 0; }
 
-// What a training step does is counted: launches, waits for the GPU, copies to the host
+// Counters of what a training step does: launches, waits for the GPU, copies to the host
 static std::atomic<long> counts[3];
 extern "C" void dry_counts(long* out) { for (int i = 0; i < 3; i++) out[i] = counts[i]; }
 static int copy(void* to, cp from, size_t n) {
   if (on_gpu(from)) {
     if (on_gpu(to)) return 0;
     counts[2]++;
-    if (n == 1) { *(char*)to = 1; return 0; }              // a truth value that is read is true
+    if (n == 1) { *(char*)to = 1; return 0; }              // a bool copied to the host is true
   }
   memcpy(to, from, n);
   return 0;
@@ -203,7 +203,7 @@ LAUNCH(cublasSgemmStridedBatched)
 LAUNCH(cublasGemmStridedBatchedEx)
 LAUNCH(cublasLtMatmul)
 
-// Handles, modules, streams, events: a number for each
+// Handles, modules, streams and events are only numbers
 static std::atomic<u64> next{4096};
 #define NEW(name, ...) F name(void** handle, ##__VA_ARGS__) { *handle = (void*)(next += 16); return 0; }
 NEW(cudaStreamCreate)
@@ -239,7 +239,7 @@ F cuDevicePrimaryCtxGetState(int, un* flags, int* active) { *flags = 0; *active 
 F cuCtxGetLimit(size_t* v, int) { *v = 1 << 20; return 0; }
 F cudaGetSymbolAddress(void** p, cp) { static u64 address = reserve(PAGE); *p = (void*)address; return 0; }
 
-// Start of the runtime, errors
+// Start of the runtime; errors
 F __cudaGetKernel(void** kernel, cp) { *kernel = (void*)8; return 0; }
 extern "C" char __cudaInitModule(void**) { return 1; }
 extern "C" void** __cudaRegisterFatBinary(void*) { static void* handle[4]; return handle; }
@@ -279,7 +279,7 @@ def flash_attn_func(q, k, v, causal=False, window_size=(-1, -1)):
 
 
 def build_library(folder, site):
-    """Compile SOURCE, with functions that return 0 for everything else that torch and Triton ask CUDA for."""
+    """Compile SOURCE, and a stub that returns 0 for every other CUDA function that torch or Triton needs."""
     run, path = subprocess.check_output, folder / "libcuda.so.1"
     source = folder / "dry.cpp"
     if path.exists() and source.read_text() == SOURCE:
@@ -287,9 +287,9 @@ def build_library(folder, site):
     source.write_text(SOURCE)
     include = [f"-I{site / p}" for p in ("nvidia/cu13/include", "triton/backends/nvidia/include")]
     run(["g++", "-c", "-fPIC", "-w", *include, source, "-o", folder / "dry.o"])
-    asked = run(["nm", "-D", "--undefined-only", *(site / "torch/lib").glob("lib*.so")], text=True,
+    symbols = run(["nm", "-D", "--undefined-only", *(site / "torch/lib").glob("lib*.so")], text=True,
                 stderr=subprocess.DEVNULL).split()
-    names = {name for name in (word.partition("@")[0] for word in asked)
+    names = {name for name in (word.partition("@")[0] for word in symbols)
              if name.startswith(("cu", "__cuda")) and not name.startswith(OTHERS)} | {*DRIVER.split()}
     names -= {*run(["nm", "--defined-only", folder / "dry.o"], text=True).split()}
     (folder / "rest.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in sorted(names)))
@@ -299,7 +299,7 @@ def build_library(folder, site):
 
 
 def write_kernel(hub):
-    """A cache of the hub with the kernel that train.py loads on Hopper."""
+    """Write the kernel that train.py loads on Hopper to the folder `hub`, a cache of the hub."""
     snapshot, variant = "0" * 40, f"torch-stable-abi29-cu130-{platform.machine()}-linux"
     repository = hub / "hub/kernels--kernels-community--flash-attn3"
     build = repository / "snapshots" / snapshot / "build" / variant
@@ -313,7 +313,7 @@ def write_kernel(hub):
 
 
 def environment(gpu, folder, driver=13000):
-    """The environment of a process that has the GPU `gpu`; what it needs is written to `folder`, which may be kept."""
+    """The environment of a process with the simulated GPU `gpu`. Writes its library and caches to `folder`."""
     site, (sm, gib) = Path(importlib.util.find_spec("torch").origin).parents[1], GPUS[gpu]
     folder.mkdir(parents=True, exist_ok=True)
     write_kernel(folder)
@@ -326,7 +326,7 @@ def environment(gpu, folder, driver=13000):
 
 
 def child(settings):
-    """In a process that has the library: prepare a little text, run train.main(), count what its steps do."""
+    """In a process with the library, prepare a little text, run train.main() and count what its steps do."""
     sys.path.insert(0, os.getcwd())
     import torch._dynamo.utils as dynamo
 
@@ -350,7 +350,7 @@ def child(settings):
     train.train_step = counted
     for name, value in (setting.split("=", 1) for setting in settings):
         setattr(train, name, eval(value))
-    train.main()  # leaves by SystemExit unless the run is ok
+    train.main()  # raises SystemExit unless the run is ok
     launches, waits, copies, graphs = (max(column) for column in zip(*steps[-3:], strict=True))
     breaks, all_graphs = dict(dynamo.counters["graph_break"]), dynamo.counters["stats"]["unique_graphs"]
     print(f"dry run at scale {train.SCALE}: a step has {launches} launches, {waits} waits, {copies} copies to the "
@@ -362,8 +362,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--gpu", choices=GPUS, default="h100")
-    option("--cache", default=Path(tempfile.gettempdir(), "dry-gpu"), type=Path, help="kept for the next run")
-    option("--set", nargs="*", default=[], metavar="NAME=VALUE", help="constants of train.py")
+    option("--cache", default=Path(tempfile.gettempdir(), "dry-gpu"), type=Path,
+           help="folder for library and caches, kept for the next run")
+    option("--set", nargs="*", default=[], metavar="NAME=VALUE", help="constants of train.py to change")
     args = parser.parse_args()
     run = [sys.executable, __file__, "--child", *args.set]
     sys.exit(subprocess.run(run, env=environment(args.gpu, args.cache.absolute())).returncode)

@@ -1,4 +1,4 @@
-"""train.py on GPUs that are not there, uncompiled and with two layers; see dry_gpu.py."""
+"""train.py on simulated GPUs, uncompiled and with two layers; see dry_gpu.py."""
 
 import platform
 import shutil
@@ -37,7 +37,7 @@ def test_an_experiment_with_each_attention_kernel(folder, gpu, kernel, scale):
     assert 500 < float(report["peak_vram_mb"]) < 1024 * dry_gpu.GPUS[gpu][1]
 
 
-FAULTS = [  # what is replaced in train.py, by what, and what the dry run says then; the first is none
+FAULTS = [  # old code in train.py, new code, output of the dry run; the first changes nothing
     ("varlen_attn(q,", "varlen_attn(q,", "attention:        varlen"),
     ("x = x0 = norm(", "x = x0 = torch.ones(1) * norm(", "found at least two devices, cuda:0 and cpu"),
     ("varlen_attn(q,", "varlen_attn(q.float(),", "FlashAttention only support fp16 and bf16"),
