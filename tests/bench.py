@@ -1,15 +1,15 @@
 """
-How fast things are, and how good.
+Measure the speed of the loader, of preparation and of training, and the val_bpb of training.
 
-    uv run python tests/bench.py loader     batches of prepare.py beside the slow twin of reference.py, taking turns
-    uv run python tests/bench.py prepare    prepare.py as a process: seconds and peak memory by size of the text
-    uv run python tests/bench.py train      train.py as a process on the data prepared last: steps, start-up, evaluation
+    uv run python tests/bench.py loader     tokens per second of prepare.py and, in turn, of the slow reference.py
+    uv run python tests/bench.py prepare    seconds and peak memory of prepare.py for three sizes of text
+    uv run python tests/bench.py train      train.py on the data prepared last: val_bpb, steps, start-up, evaluation
     uv run python tests/bench.py train --against PATH --seconds 300
-                                            the same, taking turns with the train.py of another checkout, on our
-                                            prepare.py: anything with the interface of karpathy/autoresearch
+                                            the same, and in turn the train.py of another checkout, with our
+                                            prepare.py. It needs the interface of karpathy/autoresearch.
 
-The first two work on the Python source of this environment, in a cache that is thrown away. Other jobs spoil the
-figures: see the load.
+The first two use the Python source of this environment and a temporary cache. Other jobs on the machine distort the
+figures: check the printed load.
 """
 
 import argparse
@@ -35,14 +35,14 @@ import prepare
 B, T, VOCAB_SIZE = 64, 2048, 8192
 TRAIN_CHARS, VAL_CHARS = 30_000_000, 2_000_000
 REPETITIONS = 5
-ORIGINAL = dict(  # the shape of karpathy/autoresearch's model: one more row where there is CUDA
+ORIGINAL = dict(  # the shape of karpathy/autoresearch's model; measured only on CUDA
     DEPTH=8, N_EMBD=512, HEAD_DIM=128, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1024, VALUE_EMBED_EVERY=2, TOTAL_BATCH=2**19,
 )
-BATCHES, SLOW_BATCHES = 1_000, 6  # of 131,072 tokens in one repetition: about half a second of each
+BATCHES, SLOW_BATCHES = 1_000, 6  # of 131,072 tokens per repetition: about half a second for each loader
 
 
 def write_corpus(folder):
-    """A training shard and the validation shard, of this environment's Python source."""
+    """Write a training shard and the validation shard from this environment's Python source."""
     splits = prepare.split_text(prepare.find_files("python"))
     for index, split, left in zip((0, 6542), splits, (TRAIN_CHARS, VAL_CHARS), strict=True):
         groups = []
@@ -55,7 +55,7 @@ def write_corpus(folder):
 
 
 def prepare_corpus(root):
-    """Write, serve and prepare the text below the folder `root`; returns its training shards."""
+    """Write shards below the folder `root`, serve and prepare them. Returns the training shards."""
     (root / "hub").mkdir()
     write_corpus(root / "hub")
     with Hub(root / "hub") as hub:
@@ -73,7 +73,7 @@ def rate(loader, batches):
 
 
 def compare(what, ours, theirs):
-    """One row of the table: two functions that return a rate, called in turn, the first round not counted."""
+    """Call two functions that return a rate in turn, skip the first round, and print their rows of the table."""
     figures = [(ours(), theirs()) for _ in range(REPETITIONS + 1)][1:]
     for name, rates in zip(("prepare.py", "reference.py"), zip(*figures, strict=True), strict=True):
         print(f"{what:<22} {name:<13} {statistics.median(rates):>14,.0f} {min(rates):>14,.0f} {max(rates):>14,.0f}")
@@ -82,7 +82,7 @@ def compare(what, ours, theirs):
 
 
 def bench_loader(shards):
-    """Batches of tokens, from the store against tokenized live; the first must be the same."""
+    """Compare batches from the token store with batches tokenized live. The first batches must be equal."""
     tokenizer = prepare.Tokenizer.from_directory()
     ours = prepare.make_dataloader(tokenizer, B, T, "train", device="cpu")
     theirs = reference.loader(reference.encoding(tokenizer.ranks), shards, B, T)
@@ -104,7 +104,7 @@ def prepared(root, *args):
 
 
 def bench_prepare(root):
-    """The whole of prepare.py by size of the text, its second run, and what ten shards of 250 MB would take."""
+    """Time a first and a second run of prepare.py on three sizes of text. Extrapolate to ten shards of 250 MB."""
     files, sizes, seconds = sorted(prepare.find_files("python")), [], []
     print(f"{'prepare.py':<12} {'MB':>6} {'first, s':>9} {'peak, MB':>9} {'second, s':>10}")
     for every in (4, 2, 1):
@@ -118,13 +118,15 @@ def bench_prepare(root):
         seconds.append(first)
         print(f"{'':<12} {sizes[-1]:>6.0f} {first:>9.1f} {peak:>9.0f} {second:>10.1f}", flush=True)
     slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
-    print(f"{'':<12} {slope:.3f} s a MB more: 2,500 MB in {seconds[-1] + slope * (2_500 - sizes[-1]):.0f} s")
+    total = seconds[-1] + slope * (2_500 - sizes[-1])
+    print(f"{'':<12} {slope:.3f} s per additional MB: 2,500 MB would take {total:.0f} s")
 
 
 def experiment(folder, changes, cache, seconds, i):
-    """The report of the train.py in `folder`, run in a process: {key: number or text}, `outside` its other seconds.
+    """Run the train.py in `folder` as a process and return its report, {key: number or text}.
 
-    `changes` are constants to set before. Run i has seed 42 + i; the first has no compiled code from a run before.
+    The key `outside` has the seconds outside training. `changes`: constants to set before the run. Run i has seed
+    42 + i. Run 0 starts with an empty compile cache.
     """
     env = os.environ | dict(AUTORESEARCH_TIME_BUDGET=str(seconds), AUTORESEARCH_SEED=str(42 + i),
                             AUTORESEARCH_CACHE=str(cache), PYTHONPATH=str(folder))
@@ -144,18 +146,18 @@ def experiment(folder, changes, cache, seconds, i):
 
 
 def bench_train(against, cache, seconds, n):
-    """Ours, the original's shape, another checkout's train.py: n runs of each in turn, the first a cold start."""
+    """n runs each, in turn, of our train.py, of ours with the original's shape, and of another checkout's train.py."""
     with tempfile.TemporaryDirectory(prefix="autoresearch-bench-") as folder:
         here = Path(prepare.__file__).parent
-        rows = {"ours": (here, None, prepare.cache_root())}
+        variants = {"ours": (here, None, prepare.cache_root())}
         if torch.cuda.is_available():
-            rows["ours, 8 x 512"] = here, ORIGINAL, prepare.cache_root()
+            variants["ours, 8 x 512"] = here, ORIGINAL, prepare.cache_root()
         if against:
-            rows["theirs"] = Path(folder), None, cache or prepare.cache_root()
+            variants["theirs"] = Path(folder), None, cache or prepare.cache_root()
             shutil.copy(Path(against, "train.py"), folder)
             for name in ("prepare.py", "referee.py"):
                 shutil.copy(here / name, folder)
-        seen = {name: [] for name in rows}
+        reports = {name: [] for name in variants}
         columns = dict(val_bpb="val_bpb", rate="tokens/s", num_steps="steps", outside="outside, s",
                        startup_seconds="start-up", eval_seconds="evaluation", peak_vram_mb="peak, MB")
         print(f"\ntraining for {seconds:.0f} s\n{'':<16} " + " ".join(f"{title:>11}" for title in columns.values()))
@@ -165,11 +167,11 @@ def bench_train(against, cache, seconds, n):
             print(f"{name:<16} " + " ".join(f"{cell:>11}" for cell in cells), flush=True)
 
         for i in range(n):
-            for name, what in rows.items():
-                seen[name].append(experiment(*what, seconds, i))
-                row(f"{name}, {i + 1}", seen[name][-1])
-        means = {name: {c: statistics.mean(r[c] for r in reports) for c in columns if c in reports[0]}
-                 for name, reports in seen.items()}
+            for name, what in variants.items():
+                reports[name].append(experiment(*what, seconds, i))
+                row(f"{name}, {i + 1}", reports[name][-1])
+        means = {name: {c: statistics.mean(r[c] for r in runs) for c in columns if c in runs[0]}
+                 for name, runs in reports.items()}
         for name, mean in means.items():
             row(f"{name}, mean", mean)
         if against:
@@ -177,12 +179,12 @@ def bench_train(against, cache, seconds, n):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Measure loader, preparation and training.")
+    parser = argparse.ArgumentParser(description="Measure loader, preparation or training.")
     parser.add_argument("what", choices=["loader", "prepare", "train"])
     parser.add_argument("--against", metavar="PATH", help="a checkout with a train.py to compare ours with")
-    parser.add_argument("--cache", metavar="PATH", help="of the data that theirs is trained on, if other than ours")
+    parser.add_argument("--cache", metavar="PATH", help="AUTORESEARCH_CACHE for the other checkout (default: ours)")
     parser.add_argument("--seconds", type=float, default=20, help="time budget of a training run (default: 20)")
-    parser.add_argument("-n", type=int, default=3, help="training runs of each (default: 3)")
+    parser.add_argument("-n", type=int, default=3, help="runs of each train.py (default: 3)")
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     if args.what == "train":
