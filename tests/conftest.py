@@ -1,4 +1,4 @@
-"""Every test works in a cache and with a hub of its own: none reads ~/.cache or the network."""
+"""Every test uses its own cache and its own hub. No test reads ~/.cache or the network."""
 
 import faulthandler
 import json
@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from hub import Hub, write_shard
 
-# Before any test module imports prepare or train, which look for prepared data.
+# This comes before any test module imports prepare or train, which look for prepared data.
 for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or name in ("HF_ENDPOINT", "HF_TOKEN")]:
     del os.environ[name]
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process started here compiles torch anew: 7 s
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process recompiles torch's Python files: 7 s
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
 os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost",
-                   OMP_NUM_THREADS="1")  # the workers of pytest use the other cores
+                   OMP_NUM_THREADS="1")  # other workers of pytest use the other cores
 
 import prepare  # noqa: E402
 
@@ -33,7 +33,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that the workers end together."""
+    """Run the longest files first, so that the workers finish together."""
     items.sort(key=lambda item: item.path.name not in ("test_main.py", "test_run.py", "test_faults.py"))
 
 
@@ -45,14 +45,14 @@ SCRIPT = Path(prepare.__file__)
 
 
 def start(cache, *args, **options):
-    """`prepare.py args` as a process, in the cache `cache`; options are Popen's."""
+    """Start `prepare.py args` as a process with the cache `cache`. `options` go to Popen."""
     return subprocess.Popen([sys.executable, SCRIPT, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}, cwd=SCRIPT.parent, **options)
 
 
-# Imports the modules of its arguments once; then each line of its input, [words, repository, folder, environment], is
-# one `python words` in a process of its own, with its output in folder/run.log, its pid in folder/pid and, once it and
-# all who hold its output are gone, its exit code in folder/exit.
+# This program imports the modules named by its arguments once. Each line of its input, [words, repository, folder,
+# environment], then starts `python words` in a forked process. It writes the output to folder/run.log and the pid to
+# folder/pid. When the process and all others that hold its output have ended, it writes the exit code to folder/exit.
 DRIVER = """
 import gc, importlib, json, os, runpy, signal, sys
 
@@ -88,7 +88,7 @@ for line in sys.stdin:
             if isinstance(error.code, str):
                 print(error.code, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(code)  # without the time that torch takes to go
+        os._exit(code)  # skip the slow shutdown of torch
     os.close(output)
     write(folder + "/pid", run)
     with open(folder + "/run.log", "wb", 0) as f:
@@ -101,7 +101,7 @@ for line in sys.stdin:
 
 @contextmanager
 def driver_of(*modules):
-    """A process of DRIVER, and with it all that it has started."""
+    """Run DRIVER as a process. At the end kill it and all that it has started."""
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", GIT_CONFIG_GLOBAL=os.devnull)
     with subprocess.Popen([sys.executable, "-c", DRIVER, *modules], stdin=subprocess.PIPE, env=env,
                           start_new_session=True) as process:
@@ -157,7 +157,7 @@ def sentence(rng):
 
 
 def document(rng, length):
-    """Made-up text of `length` characters or a sentence more: prose, code, Chinese, emoji."""
+    """Made-up text of at least `length` characters, up to the end of a sentence: prose, code, Chinese, emoji."""
     sentences = []
     while length > 0:
         sentences.append(sentence(rng))
@@ -166,8 +166,8 @@ def document(rng, length):
 
 
 @pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
-    """A Run in the process of a test logs to a folder of its own and leaves signals and output as they were."""
+def isolated(tmp_path, monkeypatch):
+    """A Run inside a test logs to tmp_path. Afterwards, signal handlers and output are restored."""
     referee, output = sys.modules.get("referee"), sys.stdout
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if referee:
@@ -190,7 +190,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def toy_text(tmp_path_factory):
-    """A folder with some 400 kB of text in every format that prepare.py reads."""
+    """A folder with about 400 kB of text in every format that prepare.py reads."""
     folder, rng = tmp_path_factory.mktemp("text") / "toy", random.Random(1)
     (folder / "below").mkdir(parents=True)
     for name in ("a.txt", "b.md", "c.py", "below/d.txt"):
@@ -204,7 +204,7 @@ def toy_text(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy(toy_text):
-    """The folder of a small prepared corpus, current in the cache of this session: rows of 256, vocabulary 512."""
+    """The folder of a small prepared corpus, current in the cache of this session. Rows of 256, vocabulary 512."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(prepare.SCALES["small"], "seq_len", 256)  # half the work for the models
         prepare.prepare(str(toy_text), "small", None, 512)
@@ -215,8 +215,8 @@ def toy(toy_text):
 def climbmix_like(tmp_path_factory):
     """A folder with two training shards and the validation shard, shaped like ClimbMix's.
 
-    Each has 3,000 documents: most of a few hundred characters, some empty, some longer than a row of 2048 tokens, some
-    than the 10,000 characters of a document that the tokenizer may see (a rest of q's would show).
+    Each has 3,000 documents. Most have a few hundred characters. Some are empty, some longer than a row of 2048 tokens.
+    Some are longer than 10,000 characters and continue with q's, which the tokenizer must not see.
     """
     folder, rng = tmp_path_factory.mktemp("climbmix"), random.Random(2)
     for index in (0, 1, 6542):
@@ -236,7 +236,7 @@ def climbmix_like(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub for one test, the one that HF_ENDPOINT names; it serves the folder tmp_path/hub."""
+    """A hub for one test, named by HF_ENDPOINT. It serves the folder tmp_path/hub."""
     (tmp_path / "hub").mkdir()
     with Hub(tmp_path / "hub") as served:
         monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
@@ -245,7 +245,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def climbmix(climbmix_like, tmp_path_factory):
-    """(cache, shards): the shards of `climbmix_like`, prepared at full scale from a hub, vocabulary 512."""
+    """(cache, shards): the shards of `climbmix_like`, prepared at full scale from a hub with vocabulary 512."""
     root = tmp_path_factory.mktemp("climbmix-cache")
     with Hub(climbmix_like) as served, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(root))

@@ -1,4 +1,4 @@
-"""The Hugging Face hub in small: a host that redirects to a second one, which serves ranges and has its bad days."""
+"""A small Hugging Face hub: one host redirects to a second one, which serves ranges and can simulate faults."""
 
 import contextlib
 import hashlib
@@ -20,11 +20,11 @@ def write_shard(path, groups):
 class Hub:
     """`with Hub(folder) as hub:` serves the files of `folder` as those of any dataset at hub.endpoint.
 
-    hub.log holds (host, path, headers) of every request, host being 'hub' or 'cdn'. hub.faults is a queue, one for each
-    answer of the CDN to come: 'busy' (503), 'broken' (500), 'limited' (429, to come back after a second), 'cut' (half
-    the body, then the line breaks), 'unsized' (so, and its length was not told), 'stalled' (so, and the line stays
-    open), 'whole' (deaf to ranges), 'wrong' (other bytes, as many), 'page' (HTML) or None. The two hosts differ in
-    name, as they must for requests to drop a token.
+    hub.log holds (host, path, headers) of every request; host is 'hub' or 'cdn'. hub.faults is a queue with one entry
+    for each of the next answers of the CDN: 'busy' (503), 'broken' (500), 'limited' (429, retry after a second), 'cut'
+    (half the body, then a closed connection), 'unsized' (the same without a Content-Length), 'stalled' (half the body,
+    and the connection stays open), 'whole' (ignores ranges), 'wrong' (other bytes of the same length), 'page' (HTML) or
+    None. The two hosts have different names, since requests drops a token only then.
     """
 
     def __init__(self, folder):
@@ -83,9 +83,9 @@ def serve(hub, request):
     data = (hub.folder / request.path.strip("/").removesuffix("?signed")).read_bytes()
     begin = int(request.headers.get("Range", "bytes=0-")[len("bytes="):].partition("-")[0])
     if fault in ("busy", "broken"):
-        reply(request, dict(busy=503, broken=500)[fault], b"a bad day")
+        reply(request, dict(busy=503, broken=500)[fault], b"try again")
     elif fault == "limited":
-        reply(request, 429, b"slowly", Retry_After=1)
+        reply(request, 429, b"too many requests", Retry_After=1)
     elif fault == "page":
         reply(request, 200, b"<html>log in first</html>", Content_Type="text/html; charset=utf-8")
     elif fault in ("cut", "unsized", "stalled"):

@@ -1,11 +1,11 @@
 """
-A slow, obvious twin of prepare.py: tokenizer training, packing, validation rows and metric, straight from parquet
-shards and tokenized live. Written from the policy, not from prepare.py, and imports nothing of it.
+A slow, simple reference for prepare.py: tokenizer training, packing, validation rows and metric. It reads parquet
+shards and tokenizes live. It is written from the rules below and imports nothing from prepare.py.
 
-The policy: documents in the order of shards and row groups. The tokenizer sees the first 10,000 characters of each, 1e9
-in all. Rows of T + 1 tokens are filled with documents led by BOS, out of a buffer that is refilled with up to 128
-documents of one row group at a time while it holds fewer than 1,000. In goes the longest document that still fits, the
-first of equals; when none fits, the shortest is cropped to fill the row and its rest dropped.
+Documents come in the order of shards and row groups. The tokenizer sees the first 10,000 characters of each document,
+1e9 characters in all. A buffer holds documents, each after a BOS. While it holds fewer than 1,000, it is refilled with
+up to 128 documents of one row group at a time. They fill rows of T + 1 tokens: the longest document that still fits
+comes next, the first of equals. If none fits, the shortest is cropped to fill the row, and its rest is dropped.
 """
 
 import math
@@ -60,7 +60,7 @@ def merged(ids, pair, new):
 
 
 def train_ranks(documents, vocab_size):
-    """{bytes: id} by byte-pair encoding: again and again the most frequent pair, the smallest ids of equals, merged."""
+    """{bytes: id} by byte-pair encoding: repeatedly merge the most frequent pair, among equals the smallest ids."""
     chunks = Counter(chunk for text in documents for chunk in regex.findall(PATTERN, text))
     words = Counter()
     for chunk, count in chunks.items():
@@ -84,7 +84,7 @@ def encoding(ranks):
 
 
 def token_batches(enc, paths, epochs=None):
-    """(documents as lists of ids, epoch), up to 128 documents of one row group at a time; for ever without `epochs`."""
+    """Yield (up to 128 documents of one row group as lists of ids, epoch); forever without `epochs`."""
     bos, epoch = enc.encode_single_token(SPECIALS[0]), 1
     while epochs is None or epoch <= epochs:
         for texts in row_groups(paths):
@@ -94,7 +94,7 @@ def token_batches(enc, paths, epochs=None):
 
 
 def rows(batches, capacity):
-    """(row of `capacity` ids, epoch of the documents read last) until the documents do not fill a row any more."""
+    """Yield (row of `capacity` ids, epoch of the documents read last) until the documents no longer fill a row."""
     batches, documents, epoch = iter(batches), [], 0
     while True:
         row = []
@@ -114,7 +114,7 @@ def rows(batches, capacity):
 
 
 def loader(enc, paths, B, T):
-    """(inputs, targets, epoch) for ever."""
+    """Yield (inputs, targets, epoch) forever."""
     source = rows(token_batches(enc, paths), T + 1)
     while True:
         batch = [next(source) for _ in range(B)]
@@ -123,13 +123,13 @@ def loader(enc, paths, B, T):
 
 
 def validation_rows(enc, path, T, limit):
-    """The first `limit` rows of the validation shard, or all that one reading of it gives."""
+    """The first `limit` rows of the validation shard, or all rows of one epoch if there are fewer."""
     source = rows(token_batches(enc, [path], epochs=1), T + 1)
     return [row for (row, _), _ in zip(source, range(limit), strict=False)]
 
 
 def bits_per_byte(model, enc, rows):
-    """Code length of the targets in bits over their UTF-8 bytes; specials, which carry no bytes, in neither sum."""
+    """Cross-entropy of the targets in bits, over their UTF-8 bytes. Special tokens count in neither sum."""
     specials = {enc.encode_single_token(name) for name in SPECIALS}
     nats, count = 0.0, 0
     for row in rows:

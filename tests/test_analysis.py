@@ -1,4 +1,4 @@
-"""analysis.ipynb on logs good and bad, and by the command of the README."""
+"""analysis.ipynb on valid and invalid logs, and by the command of the README."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def journal_record(commit, **changes):
 
 @pytest.fixture
 def read(tmp_path, monkeypatch, capsys):
-    """Run the cells on a log in a folder of its own; returns what they print and their names."""
+    """Run the cells on a log in tmp_path. Returns their output and their variables."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -67,14 +67,14 @@ def test_a_log_without_rows(read):
     assert names["experiments"] == [] and "keep           0" in output and "noise: not known" in output
 
 
-def test_a_crash_first_is_no_score(read):
+def test_a_first_crash_is_not_a_score(read):
     wider = row(1.1, "keep", "wider, for $5 and $", commit="2")
     output, names = read([row(0, "crash"), row(1.2, "keep", commit="1"), wider])
     assert names["running"] == [1.2, 1.1]
     assert "from 1.2000 to 1.1000: 2 wider, for $5" in output and "crash          1    33%" in output
 
 
-def test_rows_that_are_none_are_named_by_line(read):
+def test_invalid_rows_are_reported_by_line(read):
     wrong = ["<<<<<<< HEAD", row(1.1, "kept"), "a\tnan\t0.0\tkeep\tb"]
     output, names = read([row(1.2, "keep"), *wrong, row(1.3, "discard")])
     assert [e["val_bpb"] for e in names["experiments"]] == [1.2, 1.3]
@@ -83,7 +83,7 @@ def test_rows_that_are_none_are_named_by_line(read):
 
 def test_noise_comes_from_the_journal_or_else_from_the_log(read):
     rows = [row(1.2, "keep", commit="a"), row(1.3, "discard", commit="a"), row(1.4, "discard", commit="b")]
-    values = dict(a=(1.2, 1.22), c=(9.0, 9.1))  # of c there is no row
+    values = dict(a=(1.2, 1.22), c=(9.0, 9.1))  # c has no row
     records = [journal_record(commit, val_bpb=value) for commit in values for value in values[commit]]
     assert "noise: 0.0141\n" in read(rows, records)[0]
     assert "noise: 0.0707\n" in read(rows)[0]

@@ -1,4 +1,4 @@
-"""Players that cheat are refused with the reason; odd ones that do not cheat score what a plain loop says."""
+"""Models that cheat are refused with the reason. Unusual but honest models score as in a plain loop."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def token_counts():
 
 
 class Player(nn.Module):
-    """Knows how often a token is; leak(x), from embeddings x (B, T, C), is like those of the tokens to come."""
+    """Predicts token frequencies, plus what leak(x), (B, T, C), reads of later tokens in the embeddings x."""
 
     def __init__(self, leak=torch.zeros_like):
         super().__init__()
@@ -83,7 +83,7 @@ def noise_on_specials(logits):
 
 
 class Learner(Player):
-    """A bigram table that learns from the row it is to predict; a sly one puts it back at every other call."""
+    """Trains a bigram table on the row that it must predict. If `sly`, it resets the table at every other call."""
 
     def __init__(self, sly):
         super().__init__()
@@ -102,7 +102,7 @@ class Learner(Player):
 
 
 class Counter(Player):
-    """Counts bigrams over all rows that it is shown, in a buffer or out of sight."""
+    """Counts the bigrams of all rows that it has seen, in a buffer or, if `hidden`, in a closure."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -118,7 +118,7 @@ class Counter(Player):
 
 
 class Collector(Player):
-    """Keeps the rows it is shown, and knows what comes next in a row that it has seen."""
+    """Remembers all rows that it has seen, and predicts their next tokens when it sees them again."""
 
     def __init__(self):
         super().__init__()
@@ -132,7 +132,7 @@ class Collector(Player):
 
 
 class Edited(Player):
-    """Hands out edit(logits) in place of its own."""
+    """Returns edit(logits) instead of logits."""
 
     def __init__(self, edit, leak=torch.zeros_like):
         super().__init__(leak)
@@ -143,12 +143,12 @@ class Edited(Player):
 
 
 def one_logit(value):
-    """An edit of one logit of the last token of the vocabulary, which no text has."""
+    """An edit of one logit of the last token in the vocabulary, which no text contains."""
     return lambda logits: logits.index_put((*torch.tensor([[0], [5], [V - 1]]),), logits.new_tensor(value))
 
 
 class Packer(Player):
-    """Writes the next token beside each token of its input, where a second look finds it."""
+    """Packs the next token into each token of its input, and reads it if it gets the same input again."""
 
     def forward(self, idx):
         tokens, packed = idx % V, idx // V - 1
@@ -158,14 +158,14 @@ class Packer(Player):
 
 
 class Writer(Player):
-    """Makes every token the same, the targets too if they are in the same memory, and foretells it."""
+    """Overwrites its input with one token, and the targets if they share its memory. Predicts that token."""
 
     def forward(self, idx):
         return 50 * F.one_hot(idx.fill_(7), V).float()
 
 
 class OwnTensor(torch.Tensor):
-    """Thinks the loss is zero."""
+    """A tensor whose cross-entropy is zero."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -213,7 +213,7 @@ FAULTS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Two threads on small tensors wait for each other wherever something else is running."""
+    """Use one thread: on a busy machine, two threads wait for each other on small tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -231,13 +231,13 @@ def val_rows():
 
 
 def score(model, tokenizer, batch_size):
-    """What the referee makes of a model."""
+    """The score of a model by the referee."""
     return prepare.evaluate_bpb(model, tokenizer, batch_size, prepare.Inspector(prepare.validation_rows()))
 
 
 @torch.no_grad()
 def plain_bpb(model, tokenizer, batch):
-    """What a loop without a probe makes of the validation rows."""
+    """The score of a model by a loop without probes."""
     sizes = torch.tensor([len(tokenizer.enc.decode_single_token_bytes(i)) for i in range(V - 4)] + [0] * 4)
     nats = size = 0.0
     for ids in val_rows().split(batch):
@@ -251,14 +251,14 @@ def plain_bpb(model, tokenizer, batch):
 def test_a_cheat_is_refused_with_the_reason(tokenizer, name):
     player, reason = (LEAKS | FAULTS)[name]
     with pytest.raises(Refused, match=reason):
-        for _ in range(10):  # which positions are looked at is random
+        for _ in range(10):  # the probed positions are random
             score(player().eval(), tokenizer, 8)
 
 
 @pytest.mark.parametrize("name", LEAKS)
-def test_the_cheat_would_have_paid(tokenizer, name):
+def test_the_cheat_improves_the_score_of_a_plain_loop(tokenizer, name):
     player = LEAKS[name][0]().eval()
-    plain_bpb(player, tokenizer, 8)  # what it collects pays the second time
+    plain_bpb(player, tokenizer, 8)  # it collects rows here and uses them below
     assert plain_bpb(player, tokenizer, 8) < plain_bpb(Player(), tokenizer, 8) - 1e-4
 
 
@@ -266,7 +266,7 @@ def test_targets_cannot_be_written(tokenizer):
     assert score(Writer(), tokenizer, 1) > 10
 
 
-def test_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
+def test_bytes_come_from_the_prepared_tokenizer(tokenizer):
     value = score(Player(), tokenizer, 8)
     tokenizer.ranks = {3 * token: rank for token, rank in tokenizer.ranks.items()}
     assert score(Player(), tokenizer, 8) == value
@@ -278,7 +278,7 @@ def test_bytes_are_those_of_the_prepared_tokenizer(tokenizer):
 
 @pytest.fixture
 def run_of(tokenizer, monkeypatch, capfd):
-    """run_of(cheat) is (report, record, exit code) of a run of 0.3 s that ends in cheat(run, score)."""
+    """run_of(cheat) trains for 0.3 s, calls cheat(run, score) and returns (report, record, exit code)."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
 
     def go(cheat):
@@ -315,7 +315,7 @@ def scored_twice(run, score):
 
 
 def evaluated_before(run, score):
-    """To pick the best of several, or to learn from what the validation rows cost."""
+    """A cheat could so pick the best of several models, or learn from the validation loss."""
     prepare.evaluate_bpb(Player(), prepare.Tokenizer.from_directory(), 8)
     to_the_end(score)
 
@@ -363,7 +363,7 @@ def no_probe(self, cost, inputs, targets, nats=None):
 
 
 def prepare_changed_back(run, score):
-    """Without a probe, until the last call has been made."""
+    """Remove the probe, and restore it after the last call."""
     probe = prepare.Inspector.probe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare.Inspector, "probe", no_probe)
@@ -373,7 +373,7 @@ def prepare_changed_back(run, score):
 
 
 def refusal_swallowed(run, score):
-    """Changes the referee, and goes on as if it had not noticed."""
+    """Change the referee and ignore its refusal."""
     with contextlib.suppress(Refused):
         prepare_changed_back(run, score)
 
@@ -434,7 +434,7 @@ def test_a_run_that_is_tampered_with_has_no_score(run_of, name):
     assert re.search(reason, report["error"]) and re.search(reason, record["error"])
 
 
-def test_what_a_player_prints_is_no_score(run_of, monkeypatch, tmp_path):
+def test_a_printed_score_is_not_logged(run_of, monkeypatch, tmp_path):
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(shutil.copytree(prepare.cache_root(), tmp_path / "cache")))
 
     def cheat(run, score):
@@ -449,7 +449,7 @@ def test_what_a_player_prints_is_no_score(run_of, monkeypatch, tmp_path):
 
 
 # ======================================================================================================================
-# Odd and honest
+# Unusual but honest models
 
 
 class Odd(nn.Module):
@@ -497,7 +497,7 @@ class DistanceBias(nn.Linear):
 
 
 class TwoDepths(nn.Linear):
-    """Half of the tokens, by their embedding, go through the layer; how many they are depends on the whole batch."""
+    """About half of the tokens, chosen by their embedding, go through the layer: a shape that depends on the batch."""
 
     def __init__(self):
         super().__init__(C, C)
@@ -524,7 +524,7 @@ class LongConvolution(nn.Module):
 
 
 def gpt(seed=0, weights=0.1, **changes):
-    """A train.GPT with random weights added to the initial ones, of which many are zero."""
+    """A train.GPT with noise added to its initial weights, many of which are zero."""
     config = dict(
         sequence_len=T, vocab_size=V, n_layer=2, n_embd=32, head_dim=16, mlp_ratio=2, windows=[40, T],
         value_embed_every=2, rope_base=10_000, qk_gain=1.15, softcap=15.0, dtype=torch.float32, attention="sdpa",
@@ -552,7 +552,7 @@ HONEST = {mix.__name__: lambda mix=mix: Odd(mix) for mix in (
 
 
 @pytest.mark.parametrize("name", HONEST)
-def test_an_odd_model_scores_what_a_plain_loop_says(tokenizer, name):
+def test_an_unusual_honest_model_scores_as_in_a_plain_loop(tokenizer, name):
     model = HONEST[name]().train()
     value = score(model, tokenizer, 8)
     assert model.training
@@ -560,7 +560,7 @@ def test_an_odd_model_scores_what_a_plain_loop_says(tokenizer, name):
 
 
 def random_gpt(rng):
-    """(model, its sequence length): all that a constant of train.py can change, and large weights."""
+    """(model, sequence length) with random values for the constants of train.py, and with large weights."""
     length, head_dim = rng.randrange(2, 40), rng.choice([2, 4, 8, 16])
     n_layer = rng.randrange(1, 4)
     return gpt(

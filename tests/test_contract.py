@@ -1,4 +1,4 @@
-"""What the files promise each other."""
+"""The documents, the settings and the code agree."""
 
 import json
 import os
@@ -32,7 +32,7 @@ BYTES = {"prepare.py": 39_700, "referee.py": 19_600, "train.py": 26_000, "progra
 def test_files_stay_small(name):
     text, width = (ROOT / name).read_text(), 110 if name.endswith(".py") else 120
     assert len(text.encode()) <= BYTES[name]
-    assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= width  # but for tables
+    assert max(len(line) for line in text.splitlines() if line[:1] != "|") <= width  # except tables
 
 
 def test_dependencies_are_pinned_exactly():
@@ -44,12 +44,12 @@ def test_dependencies_are_pinned_exactly():
 def test_options_in_the_readme_exist():
     scripts = (ROOT / name for name in ("prepare.py", "tests/bench.py", "tests/dry_gpu.py"))
     offered = [subprocess.check_output([sys.executable, script, "--help"], text=True) for script in scripts]
-    others = r"(?s)\n## (Run the agent.*?(?=\n## Your job)|More machines.*?(?=\n## Design))"  # with commands of others
+    others = r"(?s)\n## (Run the agent.*?(?=\n## Your job)|More machines.*?(?=\n## Design))"  # commands of other tools
     ours = re.sub(others, "", README)
     assert {*re.findall(r"(--[a-z][a-z-]+)", ours)} <= {*re.findall(r"--[a-z-]+", "".join(offered))}
 
 
-def test_the_night_starts_the_agent_again_until_there_is_a_file_stop(tmp_path):
+def test_the_night_loop_restarts_the_agent_until_a_file_stop_exists(tmp_path):
     [loop] = re.findall(r"```bash\n(rm -f stop; pause=.*?)```", README, re.S)
     assert len(loop.splitlines()) <= 7
     for name, script in dict(
@@ -64,7 +64,7 @@ def test_the_night_starts_the_agent_again_until_there_is_a_file_stop(tmp_path):
     assert (tmp_path / "pauses").read_text().split() == "20 40 80 160 320 600 600 600 600".split()
 
 
-def test_settings_let_the_agent_edit_the_player_and_run_the_loop():
+def test_settings_let_the_agent_edit_train_py_and_run_the_loop():
     rules = json.loads((ROOT / ".claude/settings.json").read_text())["permissions"]
     edited = [rule[7:-1] for rule in rules["allow"] if rule.startswith("Edit(./")]
     patterns = [rule[5:-1] for rule in rules["allow"] if rule.startswith("Bash(")]

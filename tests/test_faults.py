@@ -1,4 +1,4 @@
-"""What befalls prepare.py, as a process: the network, the disk, kills, damage. It says so, and the next run repairs."""
+"""prepare.py as a process under faults of network and disk, kills and damage: it reports them, the next run repairs."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ ARGS = ["--num-shards", "2", "--scale", "small", "--vocab-size", "400"]
 
 
 def outcome(process):
-    """(exit code, stdout, stderr), the last of them a line at most."""
+    """(exit code, stdout, stderr) of a process. Its stderr must have at most one line."""
     out, err = process.communicate(timeout=60)
     assert err.count("\n") <= 1 and "Traceback" not in err, err
     assert process.returncode == 0 or err.startswith(("error: ", "interrupted: ")), err
@@ -37,7 +37,7 @@ def prepared_in(cache):
 
 
 def contents(cache):
-    """{name: bytes} of all that is prepared in `cache`."""
+    """{name: bytes} of all prepared files in `cache`."""
     folder = prepared_in(cache)
     names = [*json.loads((folder / "manifest.json").read_text())["files"], "manifest.json"]
     return {name: (folder / name).read_bytes() for name in names}
@@ -61,7 +61,7 @@ def served(hub, shards):
 
 @pytest.fixture(scope="module")
 def sound(shards, tmp_path_factory):
-    """A cache in which the shards were prepared without a disturbance; its hub is gone."""
+    """A cache in which the shards were prepared without a fault. Its hub is closed."""
     root = tmp_path_factory.mktemp("sound") / "cache"
     with Hub(shards) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_ENDPOINT", hub.endpoint)
@@ -80,13 +80,13 @@ HEALED = {
 
 
 @pytest.mark.parametrize("name", HEALED)
-def test_a_bad_day_of_the_hub_changes_nothing(sound, served, tmp_path, name):
+def test_transient_faults_of_the_hub_change_nothing(sound, served, tmp_path, name):
     served.faults = list(HEALED[name])
     assert run(tmp_path / "cache", *ARGS)[0] == 0
     assert served.faults == [] and contents(tmp_path / "cache") == contents(sound)
 
 
-def test_a_stalled_line_is_given_up_and_the_download_goes_on(served, tmp_path, monkeypatch):
+def test_a_stalled_connection_times_out_and_the_download_resumes(served, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "TIMEOUT", (1, 1))
     served.faults = ["stalled"]
     name = "shard_00000.parquet"
@@ -96,7 +96,7 @@ def test_a_stalled_line_is_given_up_and_the_download_goes_on(served, tmp_path, m
     assert first is None and len(served.log) == 4
 
 
-def test_a_web_page_is_no_shard(served, tmp_path):
+def test_a_web_page_is_not_stored_as_a_shard(served, tmp_path):
     served.faults = ["page"] * 3
     code, _, err = run(tmp_path / "cache", *ARGS)
     assert code == 1 and "web page" in err and not list((tmp_path / "cache").rglob("*.parquet"))
@@ -115,7 +115,7 @@ def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
     with driver_of("numpy", "pyarrow.parquet", "requests", "rustbpe", "tiktoken") as driver:
 
         def prepare_for(seconds):
-            """The exit code of prepare.py, killed after so many seconds."""
+            """Run prepare.py, kill it after `seconds`, and return its exit code."""
             begin(driver, ["prepare.py", *ARGS], SCRIPT.parent, tmp_path, env)
             until((tmp_path / "pid").exists, "the start of prepare.py")
             pid, end = int((tmp_path / "pid").read_text()), time.monotonic() + seconds
@@ -126,13 +126,13 @@ def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
             until((tmp_path / "exit").exists, "its end by a kill")
             return int((tmp_path / "exit").read_text())
 
-        for _ in range(2):  # the second is not slowed by what is done for the first time
+        for _ in range(2):  # time the second run: the first also fills caches
             shutil.rmtree(cache, ignore_errors=True)
             begun = time.monotonic()
             assert prepare_for(30) == 0
             whole = time.monotonic() - begun
         for number in range(KILLS):
-            if number % 10 == 0 or codes[-1] == 0:  # anew, or from what the last kill left
+            if number % 10 == 0 or codes[-1] == 0:  # start from nothing or from what the last kill left
                 shutil.rmtree(cache, ignore_errors=True)
             codes.append(prepare_for(rng.uniform(0, 0.8) * whole))
         assert codes.count(-signal.SIGKILL) >= KILLS / 2 and {*codes} <= {0, -signal.SIGKILL}
@@ -143,16 +143,16 @@ def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
     assert {path.name for path in prepared_in(cache).iterdir()} == {*contents(sound)}
 
 
-def test_an_interrupt_is_one_line(served, tmp_path):
+def test_an_interrupt_prints_one_line(served, tmp_path):
     served.faults = ["stalled"] * 2
     process = start(tmp_path, *ARGS)
-    process.stdout.readline()  # of the shards
+    process.stdout.readline()  # the line about shards
     process.send_signal(signal.SIGINT)
     code, _, err = outcome(process)
     assert code == 1 and "run the same command again to resume" in err
 
 
-def test_two_at_once(sound, served, tmp_path):
+def test_a_second_preparation_at_the_same_time_is_refused(sound, served, tmp_path):
     served.faults = ["stalled"] * 2
     first = start(tmp_path / "cache", *ARGS)
     first.stdout.readline()
@@ -170,14 +170,14 @@ def limited_to(size):
 
 
 @pytest.mark.parametrize("size", [10, 20_000, 150_000])
-def test_a_full_disk_is_one_sentence(sound, served, tmp_path, size):
+def test_a_full_disk_gives_one_sentence(sound, served, tmp_path, size):
     code, _, err = run(tmp_path / "cache", *ARGS, **limited_to(size))
     assert code == 1 and "AUTORESEARCH_CACHE" in err
     assert run(tmp_path / "cache", *ARGS)[0] == 0 and contents(tmp_path / "cache") == contents(sound)
 
 
 @pytest.mark.parametrize("cache", ["/dev/null/cache", "/proc/cache"])
-def test_a_cache_that_cannot_be_written_is_one_sentence(cache):
+def test_an_unwritable_cache_gives_one_sentence(cache):
     code, out, err = run(Path(cache), "--data", "python")
     assert (code, out) == (1, "") and "AUTORESEARCH_CACHE" in err
 
@@ -207,7 +207,7 @@ def test_damage_is_found_and_repaired(sound, served, tmp_path, monkeypatch, name
     assert contents(cache) == contents(sound)
 
 
-def test_a_cache_of_another_version_is_made_anew(sound, served, tmp_path, monkeypatch):
+def test_a_cache_of_another_version_is_rebuilt(sound, served, tmp_path, monkeypatch):
     shutil.copytree(sound, tmp_path / "cache")
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path / "cache"))
     path = prepared_in(tmp_path / "cache") / "manifest.json"

@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show; skipped where there is none. uv run pytest -m gpu"""
+"""Tests that need a CUDA GPU; skipped without one. uv run pytest -m gpu"""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("T, window", [(256, 256), (256, 64), (300, 100), (2048, 256)])
-def test_the_flash_kernel_is_masked_softmax_forward_and_backward(T, window):
+def test_the_flash_kernel_equals_masked_softmax_forward_and_backward(T, window):
     torch.manual_seed(T)
     ours = [torch.randn(2, T, 3, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     twin = [x.detach().float().cpu().requires_grad_() for x in ours]
@@ -25,8 +25,8 @@ def test_the_flash_kernel_is_masked_softmax_forward_and_backward(T, window):
         torch.testing.assert_close(a.grad.float().cpu(), b.grad, atol=6e-2, rtol=6e-2)
 
 
-def test_batches_on_the_gpu_are_those_of_the_cpu(toy):
-    """A slow reader and a fast one: a host buffer that is reused too early would show."""
+def test_batches_on_gpu_and_cpu_are_equal(toy):
+    """The GPU copies slowly, so that a host buffer that is reused too early gives wrong batches."""
     tokenizer = prepare.Tokenizer.from_directory()
     gpu, cpu = (prepare.make_dataloader(tokenizer, 8, 256, "train", device) for device in ("cuda", "cpu"))
     kept = []

@@ -1,4 +1,4 @@
-"""README's commands for Slurm and Ray, run on the real thing where it is installed; SkyPilot's file, by its parser."""
+"""The commands of the README for Slurm and Ray, where these are installed, and the file for SkyPilot in its parser."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ def free_port():
 
 
 class Worktree(Lab):
-    """A lab that uv takes for a project, with this one's environment."""
+    """A lab that is a project of uv and uses the environment of this repository."""
 
     def __init__(self, folder, toy, budget=0.2):
         super().__init__(None, folder, toy, budget)
@@ -53,7 +53,7 @@ class Worktree(Lab):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """One node with what it believes to be a GPU; returns the environment that finds it."""
+    """Start Slurm on one node with a fake GPU. Yields the environment variables that select it."""
     if os.getuid() or not all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch"))):
         pytest.skip("needs root and Debian's slurmctld, slurmd, slurm-client and munge")
     tmp_path.chmod(0o755)
@@ -107,10 +107,10 @@ def test_slurm(slurm, tmp_path, toy):
 
 @pytest.fixture
 def ray_workers(tmp_path, toy):
-    """Two workers, each with what it believes to be a GPU and a cache of its own; returns what finds them."""
+    """Start two Ray workers, each with a fake GPU and its own cache. Yields the variables that select them."""
     pytest.importorskip("ray", reason="needs uv sync --group ray")
     port, dashboard = free_port(), free_port()
-    sockets = tempfile.TemporaryDirectory(prefix="ray-")  # tmp_path is too long for them
+    sockets = tempfile.TemporaryDirectory(prefix="ray-")  # tmp_path is too long for sockets
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={sockets.name}"]
     ray, workers = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", "--num-gpus=1"], []
     address = f"http://127.0.0.1:{dashboard}"
@@ -136,7 +136,7 @@ def ray_workers(tmp_path, toy):
 
 def test_ray_with_two_workers(ray_workers, tmp_path, toy):
     labs = [Worktree(tmp_path / name, toy, 5.0) for name in ("a", "b")]
-    runs = [lab.submit("Ray Jobs", **ray_workers) for lab in labs]  # at once, each on a worker of its own
+    runs = [lab.submit("Ray Jobs", **ray_workers) for lab in labs]  # at the same time, each on its own worker
     for lab, run in zip(labs, runs, strict=True):
         assert run.wait(100) == 0, lab.log()
         assert f"\ncommit:           {lab.head()}\n" in lab.log() and [row[3] for row in lab.results()] == ["keep"]

@@ -1,4 +1,4 @@
-"""Experiments as `uv run train.py` makes them, and what a train.py of the original finds here."""
+"""train.main(), and a train.py with the interface of karpathy/autoresearch."""
 
 import getpass
 import os
@@ -29,13 +29,13 @@ def losses(output):
 
 @pytest.fixture
 def small_main(toy, monkeypatch):
-    """main() with a model that a test can wait for, one second long."""
+    """main() with a small model and a time budget of one second."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
     for name, value in dict(DEPTH=2, N_EMBD=64, HEAD_DIM=32, TOTAL_BATCH=1024, COMPILE=False).items():
         monkeypatch.setattr(train, name, value)
 
     def main():
-        prepare.evaluated.clear()  # as in a process of its own
+        prepare.evaluated.clear()  # as in a new process
         return train.main()
 
     return main
@@ -53,7 +53,7 @@ def test_equal_seeds_give_equal_losses(small_main, monkeypatch):
     for seed in ("42", "42", "7"):
         monkeypatch.setenv("AUTORESEARCH_SEED", seed)
         seen.append([])
-        with pytest.raises(SystemExit):  # there is no score
+        with pytest.raises(SystemExit):  # a run without a score fails
             small_main()
     first, again, other = seen
     assert len(first) == 50 and first == again and first[1:3] != other[1:]
@@ -63,7 +63,7 @@ def test_a_user_without_an_account_can_train(toy, monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):  # as in a container started for a bare user id
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
-    with pytest.raises(SystemExit), referee.Run():  # it ends without a score
+    with pytest.raises(SystemExit), referee.Run():  # a run without a score fails
         assert getpass.getuser() == str(os.getuid())  # torch.compile asks for it
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("AUTORESEARCH_CACHE")
@@ -78,12 +78,12 @@ def test_data_for_a_gpu_are_refused_on_a_cpu(toy, monkeypatch):
         train.main()
 
 
-def test_constants_set_from_outside_are_obeyed(small_main, capsys):
+def test_constants_set_from_outside_are_used(small_main, capsys):
     assert small_main()["depth"] == 2
     assert "a step: 1 x 4 rows of 256 tokens" in capsys.readouterr().out
 
 
-# Why torch.compile fails, and what the run says; {folder} is empty
+# name: code that makes torch.compile fail, what the run prints; {folder} is empty
 COMPILE_FAULTS = {
     "no compiler": ("os.environ['PATH'] = '{folder}'", "No working C[+][+] compiler"),
     "no Python.h": ("import sysconfig; path = sysconfig.get_path; sysconfig.get_path = lambda name, *_, **__: "
@@ -106,7 +106,7 @@ def mount(options, flags=0):
 {fault}
 tempfile.tempdir = None
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ.get("TMPDIR", "{folder}") + "/inductor"
-referee.REPOSITORY = pathlib.Path("{folder}")  # of no results.tsv
+referee.REPOSITORY = pathlib.Path("{folder}")  # it has no results.tsv
 referee.PRISTINE["referee.REPOSITORY"] = repr(referee.REPOSITORY)
 train.loss_of = lambda model, *_: sum(p.mean() for p in model.parameters())  # compiles sooner than the real one
 for name, value in dict(DEPTH=1, N_EMBD=64, HEAD_DIM=32, TOTAL_BATCH=1024, NGRAMS=(), RECALL=(), COMPILE=True).items():
@@ -122,7 +122,7 @@ def driver():
 
 
 @pytest.mark.parametrize("name", COMPILE_FAULTS)
-def test_without_torch_compile_the_run_goes_on(toy, driver, tmp_path, name):
+def test_if_torch_compile_fails_the_run_continues_uncompiled(toy, driver, tmp_path, name):
     (tmp_path / "empty").mkdir()
     fault, words = COMPILE_FAULTS[name]
     quick = "torch._inductor.config.cpp_cache_precompile_headers = False"
@@ -148,13 +148,13 @@ def test_a_bad_number_in_the_environment_is_named(toy, monkeypatch, name, value,
         train.main()
 
 
-def test_no_prepared_data_is_one_sentence(tmp_path):
+def test_missing_data_give_one_sentence(tmp_path):
     run = run_train("train.py", 1, AUTORESEARCH_CACHE=str(tmp_path))
     assert run.returncode == 1 and run.stdout == ""
     assert re.fullmatch(r"error: no prepared data in .*; run: uv run prepare.py .*\n", run.stderr)
 
 
-# The interface of the original: a train.py that knows its five names and nothing else
+# The interface of the original: a train.py that imports its five names and nothing else
 
 FIVE_NAMES = """
 import torch, torch.nn as nn, torch.nn.functional as F
@@ -221,7 +221,7 @@ def test_only_main_reads_the_constants():
     assert not [name for name in constants if not re.search(rf"\b{name}\b", main)]
 
 
-def test_prepare_offers_the_names_of_the_original(toy):
+def test_prepare_has_the_names_of_the_original(toy):
     assert prepare.MAX_SEQ_LEN == 256 and prepare.TIME_BUDGET == 300
     with pytest.raises(AttributeError):
         prepare.NO_SUCH_NAME  # noqa: B018

@@ -1,4 +1,4 @@
-"""prepare.py, room by room, against a hub of our own and the slow twin in reference.py."""
+"""prepare.py, section by section, against a local hub and the slow reference.py."""
 
 import hashlib
 import json
@@ -25,14 +25,14 @@ def tokenizer_of(ranks):
 
 
 def one_sentence(error):
-    """What a user reads of an error: one line, which we return."""
+    """The text of an error, which must be one line."""
     text = str(error)
     assert text and "\n" not in text.strip() and "Traceback" not in text
     return text
 
 
 def copy_cache(source, target):
-    """A cache of our own that holds what the current one holds."""
+    """Copy the prepared data in `source` to a new cache. Returns the copy."""
     (target / source.name).mkdir(parents=True)
     for path in source.iterdir():
         if path.is_file():
@@ -60,33 +60,33 @@ def ruin(folder, how):
 # 1. Contract and paths
 
 
-def test_what_is_prepared_is_current(toy):
+def test_the_last_prepared_data_are_current(toy):
     manifest = prepare.read_manifest(toy)
     assert prepare.current_folder() == toy and prepare.cache_root() in toy.parents
     assert prepare.MAX_SEQ_LEN == manifest["seq_len"] == 256
     assert prepare.Tokenizer.from_directory().get_vocab_size() == manifest["vocab_size"] == 512
 
 
-def test_no_data_is_one_sentence_with_the_command(cache):
+def test_missing_data_give_one_sentence_with_the_command(cache):
     with pytest.raises(prepare.PrepareError) as error:
         prepare.current_folder()
     assert "uv run prepare.py" in one_sentence(error.value)
 
 
 @pytest.mark.parametrize("how", ["no manifest", "manifest cut short", "other format", "file missing", "file cut short"])
-def test_half_prepared_data_is_one_sentence_with_the_command(toy, cache, how):
+def test_incomplete_data_give_one_sentence_with_the_command(toy, cache, how):
     folder = copy_cache(toy, cache)
     assert prepare.read_manifest(folder)
     ruin(folder, how)
     with pytest.raises(prepare.PrepareError) as error:
         prepare.read_manifest(folder)
     assert "uv run prepare.py" in one_sentence(error.value)
-    with pytest.raises(SystemExit) as error:  # what a train.py meets that begins as the original's does
+    with pytest.raises(SystemExit) as error:  # the first import of the original's train.py
         from prepare import MAX_SEQ_LEN  # noqa: F401
     assert "uv run prepare.py" in one_sentence(error.value)
 
 
-def test_a_preparation_killed_at_any_rename_leaves_the_old_state(toy, toy_text, tmp_path, monkeypatch):
+def test_a_kill_at_any_rename_leaves_the_old_state(toy, toy_text, tmp_path, monkeypatch):
     def state(folder):
         prepare.read_manifest(folder)
         return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -114,7 +114,7 @@ def test_a_preparation_killed_at_any_rename_leaves_the_old_state(toy, toy_text, 
             seen.append(state(prepare.current_folder()))
         assert again(folder.parent) == new
         kills += 1
-    assert old != new and kills == 2 and seen == [old, old]  # the new data, then the name of the current ones
+    assert old != new and kills == 2 and seen == [old, old]  # one rename for the data, one for `current`
 
 
 # ======================================================================================================================
@@ -127,7 +127,7 @@ def fetch(folder, *names):
 
 @pytest.fixture
 def data(hub):
-    """3 MB on the hub, as shard.bin."""
+    """3 MB, served by the hub as shard.bin."""
     content = random.Random(3).randbytes(3_000_000)
     (hub.folder / "shard.bin").write_bytes(content)
     return content
@@ -135,7 +135,7 @@ def data(hub):
 
 @pytest.fixture
 def no_waiting(monkeypatch):
-    """Between retries."""
+    """Do not sleep between retries."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
@@ -150,21 +150,21 @@ def test_hf_endpoint_names_the_hub(monkeypatch, endpoint, host):
     assert prepare.hub_url("owner/data", "a.bin") == f"{host}/datasets/owner/data/resolve/main/a.bin"
 
 
-def test_a_clean_download_asks_the_network_once(hub, data, tmp_path):
+def test_a_finished_download_is_not_repeated(hub, data, tmp_path):
     fetch(tmp_path / "to", "shard.bin")
     assert (tmp_path / "to/shard.bin").read_bytes() == data and [host for host, *_ in hub.log] == ["hub", "cdn"]
     fetch(tmp_path / "to", "shard.bin")
     assert len(hub.log) == 2
 
 
-def test_a_part_is_resumed(hub, data, tmp_path):
+def test_a_partial_download_is_resumed(hub, data, tmp_path):
     (tmp_path / "shard.bin.part").write_bytes(data[:1_234_567])
     fetch(tmp_path, "shard.bin")
     assert (tmp_path / "shard.bin").read_bytes() == data and not (tmp_path / "shard.bin.part").exists()
     assert on_cdn(hub) == ["bytes=1234567-"]
 
 
-def test_a_host_deaf_to_ranges_starts_over(hub, data, tmp_path):
+def test_a_host_without_ranges_sends_the_whole_file(hub, data, tmp_path):
     (tmp_path / "shard.bin.part").write_bytes(data[:1_234_567])
     hub.faults = ["whole"]
     fetch(tmp_path, "shard.bin")
@@ -172,7 +172,7 @@ def test_a_host_deaf_to_ranges_starts_over(hub, data, tmp_path):
 
 
 @pytest.mark.parametrize("had", ["as it should be", "other bytes", "too long"])
-def test_a_file_not_known_to_be_good_is_checked_first(hub, data, tmp_path, had):
+def test_an_unverified_file_is_checked_first(hub, data, tmp_path, had):
     content = {"as it should be": data, "other bytes": data[::-1], "too long": data + b"more"}[had]
     (tmp_path / "shard.bin").write_bytes(content)
     fetch(tmp_path, "shard.bin")
@@ -188,7 +188,7 @@ def test_a_file_changed_after_its_download_is_fetched_again(hub, data, tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["cut", "unsized"])
-def test_a_body_cut_short_goes_on_where_it_broke_off(hub, data, tmp_path, fault):
+def test_a_truncated_download_resumes_where_it_stopped(hub, data, tmp_path, fault):
     hub.faults = [fault, fault]
     fetch(tmp_path, "shard.bin")
     assert (tmp_path / "shard.bin").read_bytes() == data
@@ -196,7 +196,7 @@ def test_a_body_cut_short_goes_on_where_it_broke_off(hub, data, tmp_path, fault)
     assert whole is None and len(rests) == 2 and all(1_000_000 < int(rest[6:-1]) <= 2_250_000 for rest in rests)
 
 
-def test_a_busy_host_is_asked_again(hub, data, tmp_path, no_waiting):
+def test_a_busy_host_is_retried(hub, data, tmp_path, no_waiting):
     hub.faults = ["busy", "busy"]
     fetch(tmp_path, "shard.bin")
     assert (tmp_path / "shard.bin").read_bytes() == data
@@ -210,21 +210,21 @@ def test_wrong_bytes_of_the_right_size_are_refused(hub, data, tmp_path, no_waiti
     assert not list(tmp_path.glob("shard.bin*"))
 
 
-def test_one_missing_shard_fails_the_whole_and_keeps_the_others(hub, data, tmp_path):
+def test_a_missing_shard_is_an_error_and_the_others_are_kept(hub, data, tmp_path):
     with pytest.raises(prepare.PrepareError) as error:
         fetch(tmp_path, "shard.bin", "absent.bin")
     assert "absent.bin" in one_sentence(error.value) and "404" in str(error.value)
     assert (tmp_path / "shard.bin").read_bytes() == data and not (tmp_path / "absent.bin").exists()
 
 
-def test_the_token_goes_to_the_hub_alone(hub, data, tmp_path, monkeypatch):
+def test_the_token_goes_only_to_the_hub(hub, data, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     fetch(tmp_path, "shard.bin")
     assert [(host, headers.get("Authorization")) for host, _, headers in hub.log] == [
         ("hub", "Bearer secret"), ("cdn", None)]
 
 
-def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_without(cache, monkeypatch, no_waiting, capsys):
+def test_an_unreachable_hub_gives_one_sentence_with_the_offline_option(cache, monkeypatch, no_waiting, capsys):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--num-shards", "1", "--scale", "small"])
     with pytest.raises(SystemExit) as error:
@@ -233,7 +233,7 @@ def test_a_hub_out_of_reach_is_one_sentence_that_names_the_way_without(cache, mo
     assert capsys.readouterr().err == ""
 
 
-def test_parquet_groups_are_kept_and_nulls_left_out(tmp_path):
+def test_parquet_groups_are_kept_and_nulls_skipped(tmp_path):
     paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
     write_shard(paths[0], [["one", None, ""], ["two"]])
     write_shard(paths[1], [["three"]])
@@ -289,13 +289,13 @@ def test_shakespeare_is_pinned_by_its_digest(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def twin(climbmix):
-    """The slow twin's tokenizer, of the same training shards."""
+    """The tokenizer of reference.py, trained on the same shards."""
     return reference.encoding(reference.train_ranks(reference.training_documents(climbmix[1][:2]), 512))
 
 
 @pytest.fixture
 def in_climbmix(climbmix, monkeypatch):
-    """Makes the shards shaped like ClimbMix current; gives the tokenizer of their folder."""
+    """Make the data prepared from `climbmix` current. Returns their tokenizer."""
     monkeypatch.setenv("AUTORESEARCH_CACHE", str(climbmix[0]))
     return prepare.Tokenizer.from_directory()
 
@@ -335,7 +335,7 @@ def test_the_bytes_of_a_texts_tokens_are_its_utf8_bytes(in_climbmix, text):
     assert int(prepare.bytes_of_tokens(in_climbmix)[in_climbmix.encode(text)].sum()) == len(text.encode())
 
 
-def test_tokens_that_are_no_utf8_count_their_raw_bytes(in_climbmix, twin):
+def test_tokens_that_are_not_utf8_count_their_raw_bytes(in_climbmix, twin):
     lengths, broken = prepare.bytes_of_tokens(in_climbmix).tolist(), 0
     for token, rank in twin._mergeable_ranks.items():
         broken += "\ufffd" in token.decode(errors="replace")
@@ -343,7 +343,7 @@ def test_tokens_that_are_no_utf8_count_their_raw_bytes(in_climbmix, twin):
     assert broken > 128 and lengths[508:] == [0] * 4
 
 
-def test_a_vocabulary_of_256_is_the_bytes(toy_text, cache):
+def test_a_vocabulary_of_256_has_only_bytes(toy_text, cache):
     prepare.prepare(str(toy_text), "small", None, 256)
     tokenizer = prepare.Tokenizer.from_directory()
     assert tokenizer.get_vocab_size() == prepare.read_manifest(prepare.current_folder())["vocab_size"] == 260
@@ -351,14 +351,14 @@ def test_a_vocabulary_of_256_is_the_bytes(toy_text, cache):
 
 
 @pytest.mark.parametrize("length", [0, 11, 1_000])
-def test_too_little_text_to_hold_any_out_says_so(tmp_path, cache, length):
+def test_too_little_text_for_a_validation_split_is_an_error(tmp_path, cache, length):
     (tmp_path / "a.txt").write_text(document(random.Random(7), length), encoding="utf-8")
     with pytest.raises(prepare.PrepareError, match="more text"):
         prepare.prepare(str(tmp_path / "a.txt"), "small", None, 256)
     assert not (cache / "current").exists()
 
 
-def test_too_little_text_for_the_vocabulary_says_what_would_do(tmp_path, cache):
+def test_too_little_text_for_the_vocabulary_suggests_a_size(tmp_path, cache):
     (tmp_path / "a.txt").write_text("abc " * 100_000)
     with pytest.raises(prepare.PrepareError, match="--vocab-size"):
         prepare.prepare(str(tmp_path / "a.txt"), "small", None, 1_000)
@@ -372,7 +372,7 @@ def live(tokenizer, texts):
     return [[tokenizer.get_bos_token_id()] + tokenizer.enc.encode_ordinary(text) for text in texts]
 
 
-def test_the_store_holds_what_live_encoding_gives_in_its_groups(in_climbmix, tmp_path):
+def test_the_store_equals_live_encoding_in_groups(in_climbmix, tmp_path):
     rng = random.Random(6)
     groups = [TEXTS, [document(rng, rng.randrange(3_000)) for _ in range(300)], [""], [document(rng, 500)] * 129]
     docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split")
@@ -383,12 +383,12 @@ def test_the_store_holds_what_live_encoding_gives_in_its_groups(in_climbmix, tmp
     assert (docs, count) == (sum(map(len, groups)), sum(len(ids) for batch in expected for ids in batch))
 
 
-def test_the_manifest_tells_what_is_stored(toy):
+def test_the_manifest_describes_the_stored_files(toy):
     manifest, store = prepare.read_manifest(toy), prepare.TokenStore(toy / "train")
     assert manifest["train_tokens"] == len(store.tokens)
     assert manifest["train_docs"] == sum(len(starts) for starts, _ in store.batches())
     assert manifest["val_rows"] * 257 * 2 == (toy / "val_rows.bin").stat().st_size
-    for name in ("val_rows.bin", "tokenizer.tiktoken"):  # which data a result is of
+    for name in ("val_rows.bin", "tokenizer.tiktoken"):  # the digest of data and tokenizer
         assert hashlib.sha256((toy / name).read_bytes()).hexdigest() in json.dumps(manifest)
     assert set(manifest["files"]) >= {"tokenizer.tiktoken", "train.bin", "train.idx", "val_rows.bin"}
 
@@ -398,7 +398,7 @@ def test_the_manifest_tells_what_is_stored(toy):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_packing_is_the_references(seed):
+def test_packing_equals_the_reference(seed):
     rng = random.Random(seed)
     capacity, longest = rng.choice([(1, 3), (7, 5), (16, 40), (64, 20), (257, 300), (100, 1_000)])
     edges, batches = 0, []
@@ -415,7 +415,7 @@ def test_packing_is_the_references(seed):
     assert [[i for a, b in row for i in range(a, b)] for row in found] == expected
 
 
-def test_batches_and_epochs_are_the_references(in_climbmix, climbmix, twin):
+def test_batches_and_epochs_equal_the_reference(in_climbmix, climbmix, twin):
     ours = prepare.make_dataloader(in_climbmix, 8, 2048, "train")
     theirs = reference.loader(twin, climbmix[1][:2], 8, 2048)
     epochs = []
@@ -427,7 +427,7 @@ def test_batches_and_epochs_are_the_references(in_climbmix, climbmix, twin):
     assert len(epochs) == 64 and set(epochs) == {1, 2}
 
 
-def test_validation_rows_are_the_references(in_climbmix, climbmix, twin):
+def test_validation_rows_equal_the_reference(in_climbmix, climbmix, twin):
     expected = reference.validation_rows(twin, climbmix[1][2], 2048, 10_240)
     rows = torch.frombuffer(bytearray((prepare.current_folder() / "val_rows.bin").read_bytes()), dtype=torch.uint16)
     assert len(expected) > 100 and rows.view(-1, 2049).tolist() == expected
@@ -436,7 +436,7 @@ def test_validation_rows_are_the_references(in_climbmix, climbmix, twin):
     loader.close()
 
 
-def test_a_batch_is_int64_shifted_by_one_and_led_by_bos(toy):
+def test_a_batch_is_int64_shifted_by_one_and_starts_with_bos(toy):
     tokenizer = prepare.Tokenizer.from_directory()
     loader = prepare.make_dataloader(tokenizer, 5, 33, "train")
     for inputs, targets, _ in islice(loader, 20):
@@ -447,7 +447,7 @@ def test_a_batch_is_int64_shifted_by_one_and_led_by_bos(toy):
     loader.close()
 
 
-def test_a_batch_stays_as_it_is_when_the_next_is_packed(toy):
+def test_packing_the_next_batch_does_not_change_a_batch(toy):
     loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 4, 64, "train")
     store = prepare.TokenStore(toy / "train")
     rows = prepare.pack_rows((batch for _ in range(10) for batch in store.batches()), 65)
@@ -472,7 +472,7 @@ def test_an_error_in_packing_reaches_the_reader(toy, monkeypatch):
 
 
 @pytest.mark.parametrize("B, T, split", [(0, 8, "train"), (8, 0, "train"), (8, 8, "test")])
-def test_a_loader_that_cannot_be_says_so(toy, B, T, split):
+def test_invalid_arguments_of_the_loader_are_an_error(toy, B, T, split):
     with pytest.raises(ValueError, match="split"):
         prepare.make_dataloader(prepare.Tokenizer.from_directory(), B, T, split)
 
@@ -482,7 +482,7 @@ def test_a_loader_that_cannot_be_says_so(toy, B, T, split):
 
 
 class Causal(nn.Module):
-    """A small random model that sees the mean of what came before; a batch over `memory` rows is out of memory."""
+    """A small random model that sees the mean of the earlier tokens. More than `memory` rows are out of memory."""
 
     def __init__(self, vocab_size, memory=math.inf):
         super().__init__()
@@ -517,23 +517,23 @@ def rows(toy):
 
 @pytest.fixture(scope="module")
 def expected(toy):
-    """The reference's value for the random model."""
+    """The bits per byte of the random model by reference.py."""
     data = torch.frombuffer(bytearray((toy / "val_rows.bin").read_bytes()), dtype=torch.uint16)
     tokenizer = prepare.Tokenizer.from_directory(toy)
     return reference.bits_per_byte(Causal(512), reference.encoding(tokenizer.ranks), data.view(-1, 257).tolist())
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8, 16, 33, 64])
-def test_bits_per_byte_are_the_references_whatever_the_batch(toy, expected, batch_size):
+def test_bits_per_byte_equal_the_reference_at_any_batch_size(toy, expected, batch_size):
     value = prepare.evaluate_bpb(Causal(512), prepare.Tokenizer.from_directory(), batch_size)
     assert value == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_uniform_logits_cost_log2_v_a_token(rows, batch_size):
+def test_uniform_logits_cost_log2_v_per_token(rows, batch_size):
     tokenizer = prepare.Tokenizer.from_directory()
     targets = [target for row in rows for target in row[1:] if target < 508]
-    assert len(targets) < 256 * len(rows), "no special token among the targets: what is left out cannot show"
+    assert len(targets) < 256 * len(rows), "the targets have no special token, so this test shows nothing"
     size = sum(len(tokenizer.enc.decode_single_token_bytes(target)) for target in targets)
     value = prepare.evaluate_bpb(Uniform(512), tokenizer, batch_size)
     assert value == pytest.approx(math.log2(512) * len(targets) / size, abs=1e-6)
@@ -567,13 +567,13 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    """The first two as running commands, side by side: each takes seconds to import torch."""
+    """The commands of the first two mistakes, started together: each takes seconds to import torch."""
     root = tmp_path_factory.mktemp("mistakes")
     return [(root / f"{i}", start(root / f"{i}", *MISTAKES[i])) for i in range(2)]
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_a_mistake_is_one_line_and_exit_2(mistakes, number):
+def test_the_command_answers_a_mistake_with_one_line_and_exit_2(mistakes, number):
     cache, process = mistakes[number]
     out, err = process.communicate()
     assert process.returncode == 2 and out == "" and one_sentence(err).startswith("error: ")
@@ -581,7 +581,7 @@ def test_a_mistake_is_one_line_and_exit_2(mistakes, number):
 
 
 @pytest.mark.parametrize("args", MISTAKES, ids=" ".join)
-def test_every_mistake_is(cache, monkeypatch, capsys, args):
+def test_every_mistake_gives_one_line_and_exit_2(cache, monkeypatch, capsys, args):
     monkeypatch.setattr(sys, "argv", ["prepare.py", *args])
     with pytest.raises(SystemExit) as error:
         prepare.main()
@@ -603,7 +603,7 @@ def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache):
     assert len(hub.log) == asked == 6 and (prepare.current_folder() / "manifest.json").stat().st_mtime_ns == before
 
 
-def test_a_missing_shard_is_exit_1_and_one_line(climbmix_like, hub, cache):
+def test_a_missing_shard_gives_one_line_and_exit_1(climbmix_like, hub, cache):
     hub.folder = climbmix_like
     process = start(cache, "--num-shards", "3", "--scale", "small")
     out, err = process.communicate()

@@ -1,4 +1,4 @@
-"""How runs end, what they leave, and what git may do to them: train.py and a smaller player as processes."""
+"""How runs end, what they log, and how git commands affect the log. Runs train.py and a tiny model as processes."""
 
 import contextlib
 import fcntl
@@ -24,14 +24,14 @@ import train
 ROOT = Path(__file__).parent.parent
 CPU_LOCK = f"cpu-{os.uname().nodename}.lock"  # machines may share a cache
 
-# A player of one parameter, whose score an edit of one line decides
+# A train.py whose model has one parameter tensor. The value of WASTE decides its score
 PLAYER = """
 import ctypes, os, resource, signal, sys, time
 import torch
 from prepare import Tokenizer, cache_root
 from referee import Run
 
-WASTE = 10.0  # logit of a token that never comes: the less the better
+WASTE = 10.0  # logit of a token that never occurs: lower is better
 
 class Player(torch.nn.Module):
     def __init__(self, size):
@@ -76,7 +76,7 @@ def prepared(cache, toy):
 
 
 class Lab:
-    """A scratch repository with a player and a small default budget; a cache with the toy corpus and a journal."""
+    """A scratch repository with a tiny train.py and a small default budget, and its cache with the toy corpus."""
 
     def __init__(self, driver, folder, toy, budget=0.2, player=PLAYER):
         self.driver, self.folder, self.repository, self.clock = driver, folder, folder / "repo", 1_700_000_000
@@ -93,7 +93,7 @@ class Lab:
         self.commit("the repository")
 
     def git(self, *words, **env):
-        self.clock += 1  # no two commits have one time
+        self.clock += 1  # every commit has its own time
         env = os.environ | dict(GIT_AUTHOR_DATE=f"{self.clock} +0000") | env
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@t", *words]
         return subprocess.run(command, cwd=self.repository, check=True, capture_output=True, env=env).stdout.decode(
@@ -106,7 +106,7 @@ class Lab:
         return self.git("rev-parse", "HEAD")[:7]
 
     def start(self, folder=None, script="train.py", **env):
-        """Start train.py, of which the driver writes to `folder`."""
+        """Start train.py. The driver writes its output to `folder`."""
         env["AUTORESEARCH_CACHE"] = str(self.cache)
         begin(self.driver, [script], self.repository, folder or self.folder, env)
 
@@ -117,7 +117,7 @@ class Lab:
         return int((self.folder / "pid").read_text())
 
     def wait(self, folder=None):
-        """(exit code, output) once nobody of the run is left."""
+        """(exit code, output), once all processes of the run have ended."""
         folder = folder or self.folder
         until((folder / "exit").exists, f"the end of all who write to {folder / 'run.log'}")
         return int((folder / "exit").read_text()), (folder / "run.log").read_text(errors="replace")
@@ -133,7 +133,7 @@ class Lab:
         return self.end()[2]
 
     def look(self):
-        """What `uv run referee.py` prints, by lines."""
+        """The lines that `uv run referee.py` prints."""
         folder = self.folder / "look"
         folder.mkdir(exist_ok=True)
         self.start(folder, script="referee.py")
@@ -172,7 +172,7 @@ def lab(driver, tmp_path, toy):
 
 
 def memory_gb(record):
-    """The column of results.tsv: without a GPU of the process, which has imported torch; 0 without a score."""
+    """The column memory_gb of results.tsv. Without a GPU it is that of the process. 0 without a score."""
     if record["status"] != "ok":
         return "0.0"
     assert record["peak_vram_mb"] > 100
@@ -199,8 +199,8 @@ def test_one_experiment_from_start_to_report(driver, tmp_path, toy):
 
 KILLED = "killed from outside, or by the system because memory ran out"
 HUNG = r"hung; the traceback is in .*\.trace"
-FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))"  # bytes of a file: a full disk
-ENDINGS = {  # what happens after the third step, a line or signals: status, error, exit code
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))"  # like a full disk
+ENDINGS = {  # name: a line or signals after the third step, status, error, exit code
     "hung": ("exec('while True: pass')", "timeout", HUNG, 1),
     "hung in C": ("ctypes.PyDLL(None).sleep(100)", "timeout", HUNG, 1),
     "Ctrl-C twice": ([signal.SIGINT, signal.SIGINT], "crash", f"interrupted|{KILLED}", 130),
@@ -232,7 +232,7 @@ def small_train(line):
 
 @pytest.fixture(scope="module")
 def endings(driver, toy, tmp_path_factory):
-    """{name: Lab} in which train.py comes to each of its ends."""
+    """{name: Lab}, one for each ending of train.py."""
     labs = {}
     for name, (what, status, *_) in ENDINGS.items():
         signals = what if isinstance(what, list) else []
@@ -246,7 +246,7 @@ def endings(driver, toy, tmp_path_factory):
             lab.commit("the repository")
         lab.start()
         if signals or status == "timeout":
-            pid = lab.running()  # before the others make it slow
+            pid = lab.running()  # before the other runs slow it down
         for number in signals:
             with contextlib.suppress(ProcessLookupError):  # the first one was enough
                 os.kill(pid, number)
@@ -267,7 +267,7 @@ def test_every_ending_leaves_a_row_and_a_reason(endings, name):
     score = f"{record['val_bpb']:.6f}" if status == "ok" else "0.000000"
     assert row == [commit, score, memory_gb(record), state, "the repository"]
     assert ("Traceback" in log) == (name in ("crash", "exit", "full disk")), log
-    if name not in ("hung", "hung in C", "killed"):  # whose end only a later command can tell
+    if name not in ("hung", "hung in C", "killed"):  # only a later command reports their end
         report = block(log)
         assert (report["status"], report.get("error", "")) == (status, record["error"])
         assert report.get("val_bpb", "0.000000") == score and record["num_steps"] >= 2
@@ -294,7 +294,7 @@ def trained_loss(lab, untrained=False):
 
 
 def example_of_the_readme(lab):
-    """What the lines of the README that load best.pt print."""
+    """The output of the README's example that loads best.pt."""
     code, output = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1], io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
         patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
@@ -303,7 +303,7 @@ def example_of_the_readme(lab):
 
 
 def referee_runs(lab):
-    """The runs as referee.py reads them: those without an end have one."""
+    """The runs as referee.py reads them. It adds an end to killed runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
         return referee.all_runs()
@@ -333,7 +333,7 @@ def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
 
 
 @pytest.mark.parametrize("env", [dict(AUTORESEARCH_TIME_BUDGET="1"), dict(AUTORESEARCH_SEED="7")])
-def test_a_trial_is_in_the_journal_alone(lab, env):
+def test_a_trial_is_only_in_the_journal(lab, env):
     before = (lab.repository / "results.tsv").read_text()
     report = lab.experiment(**env)
     assert report["status"] == "ok" and report["verdict"] == TRIAL
@@ -352,7 +352,7 @@ def run_of(commit, val_bpb, seed=42, state="keep", **changes):
 BASE = [run_of("a", 1.000), run_of("a", 1.004, 1)]  # noise 0.0028
 TRIAL = "none (another seed or time budget, so not in results.tsv)"
 CONFIRM, SIMPLER = "confirm: run again with AUTORESEARCH_SEED=1", ": keep it only if the code is simpler"
-VERDICTS = {  # the runs of the night, the last of them judged
+VERDICTS = {  # name: the runs of the night, the verdict of the last one
     "first": ([run_of("a", 1.0)], "keep (first)"),
     "first, run again": ([run_of("a", 1.0), run_of("a", 1.1)], "keep (first)"),
     "worse": ([*BASE, run_of("b", 1.01)], "discard (0.0100 worse than 1.0000)"),
@@ -396,7 +396,7 @@ def test_the_verdict_says_what_to_do(name):
     assert referee.verdict_of(runs[-1], runs) == words
 
 
-def test_noise_is_that_of_equal_runs():
+def test_noise_is_pooled_over_runs_of_one_commit():
     alone = [run_of("a", 1.0), run_of("b", 2.0), run_of("a", 3.0, data="e"), run_of("c+", 4.0), run_of("c+", 5.0)]
     assert referee.noise(alone) == 0
     values = dict(a=[1.2, 1.22], b=[1.3, 1.33, 1.36], c=[9.0])
@@ -406,7 +406,7 @@ def test_noise_is_that_of_equal_runs():
 
 
 @pytest.mark.parametrize("name, mark", [("train.py", "+"), ("referee.py", "+"), ("README.md", "")])
-def test_uncommitted_changes_are_marked_kept_and_not_kept(lab, name, mark):
+def test_uncommitted_changes_are_marked_and_saved_in_git(lab, name, mark):
     lab.experiment()
     with open(lab.repository / name, "a") as f:
         f.write("# a change\n")
@@ -414,13 +414,13 @@ def test_uncommitted_changes_are_marked_kept_and_not_kept(lab, name, mark):
     rows = lab.results()
     assert rows[1][0] == report["commit"] and rows[1][3] == ("discard" if mark else "keep")
     assert report["commit"] == (lab.head() if not mark else report["commit"][:7] + "+")
-    if mark:  # the code is in git, and in no branch
+    if mark:  # the code is in git, but on no branch
         assert lab.git("show", f"refs/runs/{report['commit'][:7]}:{name}").endswith("# a change")
         assert lab.git("branch", "--contains", report["commit"][:7]) == ""
     assert lab.git("stash", "list") == "" and "\n# a change\n" in "\n" + (lab.repository / name).read_text()
 
 
-def test_a_log_that_is_a_link_is_written_through(lab):
+def test_a_log_that_is_a_symlink_stays_one(lab):
     elsewhere = lab.folder / "log.tsv"
     shutil.move(lab.repository / "results.tsv", elsewhere)
     (lab.repository / "results.tsv").symlink_to(elsewhere)
@@ -429,7 +429,7 @@ def test_a_log_that_is_a_link_is_written_through(lab):
 
 
 @pytest.mark.parametrize("name", ["runs.jsonl", "results.tsv"])
-def test_a_log_that_cannot_be_written_costs_not_the_other(lab, name):
+def test_if_one_log_cannot_be_written_the_other_is(lab, name):
     other = dict(zip(("runs.jsonl", "results.tsv"), (lab.cache, lab.repository), strict=True))
     path = other[name] / name
     path.unlink(missing_ok=True)
@@ -440,7 +440,7 @@ def test_a_log_that_cannot_be_written_costs_not_the_other(lab, name):
     assert report["val_bpb"][:-1] in path.read_text()
 
 
-# What must not cost a run its record
+# Unusual events that must not lose a record
 
 
 @pytest.mark.parametrize("line, code, error", [
@@ -448,7 +448,7 @@ def test_a_log_that_cannot_be_written_costs_not_the_other(lab, name):
     ("time.sleep(100)", 1, ""),  # past the limit
     (f"{FULL.replace('50_000', '1')}; torch.save(0, cache_root() / 'best.pt')", 0, "(OS|Runtime)Error: .*NOT LOGGED.*"),
 ])  # fmt: skip
-def test_what_ends_a_run_after_the_score_does_not_lose_it(lab, line, code, error):
+def test_a_failure_after_the_score_does_not_lose_the_score(lab, line, code, error):
     lab.set_line(line, "after the score")
     lab.set_limits(60, 8 if "sleep" in line else 60)  # with time for a slow machine to evaluate
     lab.commit("the end")
@@ -480,7 +480,7 @@ def test_an_unusual_run_is_recorded_once(lab, line):
     ("train.py", ">&- 2>&-"), ("train.py", "| head -n 1"), ("referee.py", "| head -n 1"), ("prepare.py --help", ">&-"),
     ("prepare.py --help", "| head -n 1"),
 ])  # fmt: skip
-def test_output_that_nobody_reads(lab, script, redirection):
+def test_a_closed_output_is_not_an_error(lab, script, redirection):
     lab.experiment()
     command = f"set -o pipefail; {sys.executable} {script} {redirection}"
     env = os.environ | dict(AUTORESEARCH_CACHE=str(lab.cache), CUDA_VISIBLE_DEVICES="")
@@ -489,14 +489,14 @@ def test_output_that_nobody_reads(lab, script, redirection):
     assert [record["status"] for record in lab.journal()] == ["ok"] * (2 if script == "train.py" else 1)
 
 
-def test_without_git_a_run_is_recorded_and_the_reason_is_said(lab):
+def test_without_git_a_run_is_recorded_and_the_reason_printed(lab):
     lab.start(PATH="/nowhere")
     _, log, report = lab.end()
     assert (report["status"], report["commit"], report["verdict"]) == ("ok", "none", "keep (first)")
     assert len(re.findall("^git log failed: .*git.*", log, re.M)) == 1
 
 
-def test_a_refusal_of_git_is_said(lab):
+def test_an_error_of_git_is_printed(lab):
     (lab.repository / ".git/config").write_text("[nonsense\n")
     lab.start()
     _, log, report = lab.end()
@@ -517,7 +517,7 @@ def test_subjects_in_any_encoding_with_tabs_and_signatures(lab):
     assert [row[4] for row in lab.results()] == ["na\ufffdve", "tabs and lines of cafés \u2014"]
 
 
-def test_a_locale_that_lacks_a_letter(lab):
+def test_characters_that_the_locale_cannot_encode(lab):
     lab.set_line("print('\u2014\u4f60')", "after the score")
     lab.commit("a dash \u2014 and \u4f60")
     report = lab.experiment(PYTHONIOENCODING="latin-1", LC_ALL="C", PYTHONUTF8="0")
@@ -525,13 +525,13 @@ def test_a_locale_that_lacks_a_letter(lab):
 
 
 @pytest.mark.parametrize("text", ["20261125153000000000000", "-1", "1.5", "many"])
-def test_a_seed_out_of_range_is_one_line(lab, text):
+def test_a_seed_out_of_range_gives_one_line(lab, text):
     lab.start(AUTORESEARCH_SEED=text)
     rule = "is not a number from 0 to 4294967295; set one or unset it"
     assert lab.wait() == (1, f"error: AUTORESEARCH_SEED={text!r} {rule}\n")
 
 
-def test_half_a_line_stays_alone(lab):
+def test_half_a_line_in_the_journal_is_skipped(lab):
     lab.experiment()
     with open(lab.cache / "runs.jsonl", "ab") as f:
         f.write('\n{"run": "h\u00e4lf'.encode()[:-2] + b"\n[]\n{}\n{\"run")
@@ -546,7 +546,7 @@ BREAKS = dict(  # in the loop of a player
     oom="raise torch.OutOfMemoryError('of 80 GB')",
 )
 FULL_AFTER = f"{FULL.replace('50_000', '1')}; torch.save(0, cache_root() / 'best.pt')"
-EXPERIMENTS = [  # what is tried, what is done with git after it
+EXPERIMENTS = [  # the change, what is done in git after the run
     (9.0, ""), (9.5, "undo"), (8.0, "main and back"), ("crash", "undo"), ("hang", "undo"), ("oom", "hard"),
     (7.0, "rename"), ("killed", "undo"), (6.0, "undo"), (5.0, "amend"), (5.5, "hard"), (5.2, ""), (4.5, "move"),
     (4.0, "full"), (6.5, "uncommitted"), ("hang", "uncommitted"), (3.5, "rebase"), (3.0, "worktree"), (7.5, "undo"),
@@ -555,7 +555,7 @@ EXPERIMENTS = [  # what is tried, what is done with git after it
 
 
 def view(lab):
-    """What `uv run referee.py` writes, without a process of its own."""
+    """Write results.tsv as `uv run referee.py` does, but in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
         patch.setattr(referee, "REPOSITORY", lab.repository)
@@ -564,10 +564,10 @@ def view(lab):
 
 
 def test_git_loses_no_row(lab, monkeypatch):
-    """Twenty experiments as an agent makes them, and what people do beside: every run has one row, with its state."""
+    """Twenty experiments like an agent's, with git commands of people between them: each run keeps one correct row."""
     setup = re.search(r"```bash\n(.*?)```", (ROOT / "program.md").read_text(), re.S)[1].replace("<tag>", "nov1")
     who = {f"GIT_{who}_{what}": "t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    lab.experiment()  # by the human, on main
+    lab.experiment()  # by a human, on main
     subprocess.run(["bash", "-euc", setup], cwd=lab.repository, check=True, env=os.environ | who)
     expected, name = [], "autoresearch/nov1"
     for number, (what, after) in enumerate(EXPERIMENTS):
@@ -583,7 +583,7 @@ def test_git_loses_no_row(lab, monkeypatch):
             subject = "uncommitted, after: " + lab.git("log", "-1", "--format=%s")
         lab.start()
         lab.wait()
-        if what in ("hang", "killed"):  # which leave it to the next command
+        if what in ("hang", "killed"):  # the next command writes their row
             view(lab)
         record = referee_runs(lab)[-1]
         score = "0.000000" if what in BREAKS else f"{record['val_bpb']:.6f}"
@@ -633,7 +633,7 @@ def test_git_loses_no_row(lab, monkeypatch):
 
 
 def check_notebook(lab, expected, monkeypatch):
-    """analysis.ipynb counts what the log has."""
+    """analysis.ipynb counts the runs of the log."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""People's own text, by `--data PATH`: it is used as meant, or refused in one sentence that names the file."""
+"""User text (`--data PATH`): it is read as intended, or refused in one sentence that names the file."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def prepared(path, vocab_size=300):
 
 
 def refused(path):
-    """The sentence with which a path is refused."""
+    """The one-sentence error for a path that is refused."""
     with pytest.raises(prepare.PrepareError) as error:
         prepared(path)
     assert "\n" not in str(error.value) and not (prepare.cache_root() / "current").exists()
@@ -103,7 +103,7 @@ def test_line_ends_make_no_difference(folder, tmp_path, end):
 # What is found, and what is skipped
 
 
-def test_endings_in_any_case_and_a_line_of_what_is_skipped(folder, capsys):
+def test_endings_in_any_case_are_read_and_skipped_files_counted(folder, capsys):
     fill(folder)
     (folder / "README.TXT").write_text("upper " * 300)
     write_shard(folder / "DATA.PARQUET", [["table " * 300]])
@@ -118,7 +118,7 @@ def test_endings_in_any_case_and_a_line_of_what_is_skipped(folder, capsys):
     assert sorted(line.split(", ")) == ["1 .csv", "1 .html", "1 without an ending", "2 .gz", "2 .txt", "2 hidden"]
 
 
-def test_a_folder_with_nothing_to_read_says_what_is_there(folder, capsys):
+def test_a_folder_without_text_lists_what_was_skipped(folder, capsys):
     for name in ("a.csv", "b.csv"):
         (folder / name).write_text("text")
     assert ".parquet" in refused(folder) and "2 .csv" in capsys.readouterr().out
@@ -177,7 +177,7 @@ COLUMNS = dict(
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
-def test_a_column_that_is_no_text_is_named_with_its_type(folder, kind):
+def test_a_column_that_is_not_text_is_named_with_its_type(folder, kind):
     pq.write_table(pa.table(dict(text=COLUMNS[kind])), folder / "a.parquet")
     assert "a.parquet" in (said := refused(folder)) and re.search(f"'text': ['\"]{kind}", said)
 
@@ -189,7 +189,7 @@ def test_a_parquet_string_that_is_not_utf8(folder):
 
 
 @pytest.mark.parametrize("content", [b"garbage" * 100, b"", b"PAR1" * 20], ids=["garbage", "empty", "magic"])
-def test_a_file_that_is_no_parquet_is_named(folder, content):
+def test_a_file_that_is_not_parquet_is_named(folder, content):
     (folder / "a.parquet").write_bytes(content)
     assert "a.parquet" in refused(folder)
 
@@ -209,13 +209,13 @@ LINES = ["7", "NaN", "null", "true", '["text"]', '"text"', "not json", '{"body":
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:20])
-def test_a_bad_record_names_file_line_and_what_is_there(folder, line):
+def test_a_bad_record_is_reported_with_file_line_and_content(folder, line):
     (folder / "a.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
     said = refused(folder)
     assert all(part in said for part in ("a.jsonl line 3", "'text'", line[:50])) and len(said) < 400
 
 
-def test_records_that_are_fine_although_they_look_odd(folder):
+def test_unusual_but_valid_records_are_read(folder):
     fill(folder)
     records = ['{"text": "large number", "id": ' + "9" * 5_000 + "}", '{"id": NaN, "text": "not a number"}', "   ",
                '{"text": null}', '{"text": ""}', '{"text": "first", "text": "last"}', '{"text": "half \\ud83d of one"}']
@@ -280,14 +280,14 @@ def test_splits_share_no_document_and_lose_none(folder, tmp_path, count):
 def test_an_edit_within_the_same_moment_is_noticed(folder):
     fill(folder)
     (folder / "a.txt").write_text("before " * 300)
-    told = (folder / "a.txt").stat()
+    before = (folder / "a.txt").stat()
     assert "before " * 300 in sum(prepared(folder), [])
     (folder / "a.txt").write_text("edited " * 300)
-    os.utime(folder / "a.txt", ns=(told.st_atime_ns, told.st_mtime_ns))
+    os.utime(folder / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert "edited " * 300 in sum(prepared(folder), [])
 
 
-# Runs of one kind of character, which take tiktoken a time that grows with their square
+# Runs of one kind of character: tiktoken's time grows with the square of their length
 
 RUNS = {
     "equal signs": "=" * 400_000, "NUL": "\0" * 400_000, "emoji": "🙂" * 100_000, "base64": "aGVsbG8gd29ybGQ" * 30_000,
@@ -308,12 +308,12 @@ def test_a_run_of_one_kind_takes_seconds(folder, name):
     assert time.process_time() - begun < 60, "CPU time; the worst run took over 100 s before tiktoken 0.14"
 
 
-# Files and machines that say no
+# Missing permissions and homes
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_cannot_be_read_is_named_or_counted(folder, tmp_path, what):
+def test_unreadable_files_are_named_and_unreadable_folders_counted(folder, tmp_path, what):
     fill(folder)
     (folder / "locked").mkdir()
     (folder / "locked/a.txt").write_text("secret " * 300)
@@ -343,7 +343,7 @@ def test_without_a_home_one_line_names_the_variable(folder, home):
     assert "AUTORESEARCH_CACHE" in run.stderr
 
 
-def test_a_home_that_is_not_there(monkeypatch):
+def test_a_path_in_an_unknown_home_is_a_mistake(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--data", "~nobody-has-this-name/text"])
     with pytest.raises(SystemExit) as error:
         prepare.main()

@@ -1,4 +1,4 @@
-"""The parts of train.py in the order of its sections; all run on the CPU through the functions a GPU uses."""
+"""train.py in the order of its sections, on the CPU but through the functions that a GPU uses."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def optimizers_of(model):
 
 
 def wake(model):
-    """Leave the initial state, in which projections are zero and nothing but the embedding shows."""
+    """Add noise to the weights: initially projections are zero, so that only the embedding has an effect."""
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -53,7 +53,7 @@ def test_windows_repeat_the_pattern_and_end_in_a_full_layer():
 
 
 def masked_softmax(q, k, v, window):
-    """Attention with a dense mask, (B, T, H, D): the obvious twin of attend()."""
+    """Attention with a dense mask, (B, T, H, D): a simple reference for attend()."""
     T = q.size(1)
     distance = torch.arange(T)[:, None] - torch.arange(T)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(-1))
@@ -62,7 +62,7 @@ def masked_softmax(q, k, v, window):
 
 
 @pytest.mark.parametrize("T, window", [(1, 1), (7, 1), (64, 63), (130, 16), (200, 64), (200, 100), (256, 256), (99, 0)])
-def test_attend_is_masked_softmax_forward_and_backward(T, window):
+def test_attend_equals_masked_softmax_forward_and_backward(T, window):
     torch.manual_seed(T)
     ours = [torch.randn(2, T, 3, 16, requires_grad=True) for _ in range(3)]
     twin = [x.detach().clone().requires_grad_() for x in ours]
@@ -76,12 +76,12 @@ def test_attend_is_masked_softmax_forward_and_backward(T, window):
 
 
 def compiled_loss(model, ids):
-    """The training loss of a model as train.py compiles it, in one graph, but for the generation of code."""
+    """The training loss, compiled as one graph as in train.py but without code generation."""
     return torch.compile(train.loss_of, dynamic=False, fullgraph=True, backend="aot_eager")(model, ids, ids)
 
 
 def hub_of_kernels(monkeypatch, get_kernel):
-    """A Hopper GPU, as far as train.py asks, and `kernels` with this get_kernel()."""
+    """Simulate a Hopper GPU and a package `kernels` with this get_kernel()."""
     monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_kernel=get_kernel))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     train.flash_attention_3.cache_clear()
@@ -105,7 +105,7 @@ def test_on_hopper_flash_attention_3_comes_from_the_cache_of_the_hub(monkeypatch
     torch.testing.assert_close(compiled_loss(ours, ids), train.loss_of(plain, ids, ids))
 
 
-def test_without_flash_attention_3_torch_has_a_kernel(monkeypatch, capsys):
+def test_without_flash_attention_3_a_kernel_of_torch_is_used(monkeypatch, capsys):
     def get_kernel(*args, **options):
         raise FileNotFoundError("no local snapshot")
 
@@ -116,7 +116,7 @@ def test_without_flash_attention_3_torch_has_a_kernel(monkeypatch, capsys):
     assert train.attention_kernel(torch.device("cpu"), torch.bfloat16) == "sdpa"
 
 
-def test_rotation_depends_on_distance_alone():
+def test_rotation_depends_only_on_distance():
     cos, sin = train.rotary(40, 16, 10_000)
     q, k = torch.randn(16), torch.randn(16)
     turned = [train.rotate(x.expand(1, 40, 1, 16), cos, sin)[0, :, 0] for x in (q, k)]
@@ -125,7 +125,7 @@ def test_rotation_depends_on_distance_alone():
     assert abs(near - turned[0][5] @ turned[1][3]) > 1e-3
 
 
-def test_a_shifted_key_is_half_that_of_the_token_before():
+def test_half_of_a_shifted_key_comes_from_the_previous_token():
     keys, ids = [], torch.randint(50, (2, 24))
     for shift_keys in (False, True):
         model = wake(tiny_gpt(shift_keys=shift_keys, n_layer=1, windows=[24]))
@@ -151,7 +151,7 @@ def test_equal_ngrams_have_equal_hashes():
 def test_recall_finds_what_followed_the_last_occurrence(n):
     ids = torch.randint(1, 4, (4, 40))  # before a row all tokens are 0
     expected = torch.full_like(ids, 50)
-    for row, position in itertools.product(range(4), range(n - 1, 40)):  # the obvious twin
+    for row, position in itertools.product(range(4), range(n - 1, 40)):  # a simple reference
         for earlier in range(n - 1, position):
             if torch.equal(ids[row, earlier - n + 1 : earlier + 1], ids[row, position - n + 1 : position + 1]):
                 expected[row, position] = ids[row, earlier + 1]
@@ -170,7 +170,7 @@ def test_no_logit_depends_on_a_later_token(changes):
     assert not torch.allclose(before[:, 11:], after[:, 11:])
 
 
-def test_a_short_window_forgets():
+def test_a_short_window_hides_earlier_tokens():
     model = wake(tiny_gpt(n_layer=1, windows=[3], value_embed_every=0))
     ids = torch.randint(50, (1, 24))
     changed = ids.clone()
@@ -179,7 +179,7 @@ def test_a_short_window_forgets():
     assert same.tolist() == [False] * 4 + [True] * 20
 
 
-def test_an_untrained_model_knows_nothing():
+def test_an_untrained_model_has_the_loss_of_uniform_logits():
     model = tiny_gpt()
     ids = torch.randint(50, (4, 24))
     assert abs(train.loss_of(model, ids, ids).item() - math.log(50)) < 0.02
@@ -268,7 +268,7 @@ def test_schedules_set_the_groups(progress, lr, momentum, decay):
     assert adamw.param_groups[0]["weight_decay"] == 0.0005
 
 
-def test_without_a_warmdown_rates_stay():
+def test_without_a_warmdown_rates_stay_constant():
     optimizers = optimizers_of(tiny_gpt())
     train.set_schedules(optimizers, 0.999, 0, 0.04, (0.85, 0.92, 0.05))
     assert {group["lr"] / group["initial_lr"] for optimizer in optimizers for group in optimizer.param_groups} == {1.0}
@@ -290,7 +290,7 @@ def test_accumulation_changes_nothing():
     losses = [train.train_step(train.loss_of, model, optimizers_of(model), iter(data), len(data))
               for model, data in zip(models, (batches, halves), strict=True)]
     torch.testing.assert_close(*losses)
-    # a whole Adam step hangs on the sign of a gradient: compare what is far from that
+    # Adam's first step depends on the sign of a gradient, so compare only the blocks, which Muon updates
     for a, b in zip(models[0].blocks.parameters(), models[1].blocks.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
 
@@ -336,7 +336,7 @@ def test_out_of_memory_halves_the_rows(capsys, error):
     assert "out of memory with 12 rows per forward; trying 6" in capsys.readouterr().out
 
 
-def test_a_fault_of_the_model_is_raised():
+def test_an_error_in_the_model_is_raised():
     model = tiny_gpt()
     with pytest.raises(TypeError, match="NoneType"):
         train.warm_up(lambda *_: None, model, optimizers_of(model), 4, 4, compiled=False)
@@ -355,7 +355,7 @@ def test_nothing_is_compiled_on_the_clock(toy):
     assert len(graphs) == warm > 0
 
 
-def test_a_sample_goes_on_as_the_model_has_learnt():
+def test_a_sample_continues_the_learnt_pattern():
     model = tiny_gpt()
     optimizers = optimizers_of(model)
     rows = torch.stack([torch.arange(25) + start for start in range(7)]) % 7
