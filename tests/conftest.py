@@ -74,6 +74,7 @@ for line in sys.stdin:
     run = os.fork()
     if run == 0:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.closerange(3, 100)
