@@ -333,7 +333,7 @@ def test_unreadable_files_are_named_and_unreadable_folders_counted(folder, tmp_p
 @pytest.mark.parametrize("home", ["unset", "no account"])
 def test_without_a_home_one_line_names_the_variable(folder, home):
     env = {key: value for key, value in os.environ.items() if key not in ("HOME", "AUTORESEARCH_CACHE")}
-    code = (f"import os, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare, pwd; "
+    code = (f"import os, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import prepare, pwd, gettext, locale; "
             f"pwd.getpwuid = {{}}.__getitem__; {'os.setuid(54321);' * (home == 'no account')} "
             "sys.argv[1:] = ['--data', 'python', '--scale', 'small']; prepare.main()")
     if home == "no account" and os.getuid():
