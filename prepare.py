@@ -422,7 +422,7 @@ def find_files(data):
     return sorted(found, key=lambda path: (found[path], path))
 
 
-def split_text(files, limit=None):
+def split_text(files, limit=None, report=True):
     """(train, val): functions that yield groups of documents, train at most `limit` groups.
 
     The small files and the documents of large files that have the lowest digests go to val. Copies stay
@@ -445,7 +445,7 @@ def split_text(files, limit=None):
             sizes.append(len(data))
             if path not in odd[-1:] and ("\ufffd" in text or "\0" in text):
                 odd.append(path)
-    if odd:
+    if odd and report:
         print(f"odd text:  {len(odd):,} of {len(files):,} files are not clean UTF-8, for example {odd[0]}")
     values = np.array([-1, *chain(*digests.values())])
     order = np.argsort(values)
@@ -488,7 +488,7 @@ def split(data, files, num_shards):
     """(train, val) of the corpus `data`: functions that yield groups of documents."""
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:])
-    return split_text(files, num_shards * STORIES if data == "tinystories" else None)
+    return split_text(files, num_shards * STORIES if data == "tinystories" else None, data not in CORPORA)
 
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
