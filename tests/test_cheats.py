@@ -327,9 +327,9 @@ def clock_moved(run, score):
 
 def both_clocks_moved(run, score):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(referee, "OPENED", referee.OPENED - 0.2)
-        run.started -= 0.2
-        time.sleep(0.2)
+        patch.setattr(referee, "OPENED", referee.OPENED - 0.25)  # a power of two, so that the difference stays the same
+        run.started -= 0.25
+        time.sleep(0.25)
         score()
 
 
