@@ -534,7 +534,8 @@ def main():
             print("sample:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
         if run.record["verdict"].startswith("keep"):
             part = cache_root() / "best.pt.part"
-            torch.save(dict(config=vars(config), weights=model.state_dict(), commit=run.record["commit"]), part)
+            best = dict(config=vars(config), weights=model.state_dict(), commit=run.record["commit"])
+            torch.save(best, part)
             part.replace(cache_root() / "best.pt")  # a full disk leaves the older weights intact
     return run.record
 
