@@ -35,7 +35,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-# === 1. Contract and paths ===
+# === 1. Settings, files, device ===
 
 FORMAT = 2  # of the cache; data in another format are rebuilt
 SCALES = {  # see device_scale(); train.py has constants for each
@@ -204,13 +204,13 @@ def device_scale():
             return "small"
         problem = str(error).partition(". ")[0]
         raise PrepareError(f"torch for CUDA {torch.version.cuda} cannot use the GPU: {problem}; update its "
-                           "driver (R580 or later), free it, or use the CPU: --scale small") from None
+                           "driver (R580 or later), free or hide it: export CUDA_VISIBLE_DEVICES=") from None
     return "full" if 2 * 8192**3 / min(seconds) >= FULL_SPEED else "medium"
 
 
 @functools.cache
 def flash_attention_3(download=False):
-    """FlashAttention-3 for Hopper, or None. Without `download` only from the local cache of the hub."""
+    """FlashAttention-3 for Hopper, or None. Without `download` only from the Hugging Face cache."""
     import torch
 
     if torch.cuda.get_device_capability() != (9, 0):
@@ -242,14 +242,14 @@ def device_names(device):
 
 
 def mfu_percent(name, flops):
-    """`flops` per second in percent of the dense bf16 peak of the GPU `name` (first match), or "n/a"."""
+    """`flops` (FLOP/s) as a percentage of the dense bf16 peak of the GPU `name`, or "n/a"."""
     peaks = {"B200": 2250e12, "H200": 989.5e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.5e12,
              "A100": 312e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12}
-    return next((100 * flops / peak for part, peak in peaks.items() if part in name), "n/a")
+    return next((100 * flops / peak for part, peak in peaks.items() if re.search(rf"{part}\b", name)), "n/a")
 
 
 def peak_memory():
-    """Peak bytes of tensors on the GPU, or of the process if no GPU is used."""
+    """Peak bytes of tensors on the GPU, or, without CUDA, of the process."""
     import torch
 
     if torch.cuda.is_initialized():
@@ -260,7 +260,7 @@ def peak_memory():
 # === 2. Corpus: documents for training and validation ===
 
 LAST_SHARD = 6542  # of ClimbMix, always for validation
-STORIES = 293  # tinystories: groups per shard of 250 MB, as in ClimbMix
+STORY_GROUPS = 293  # of tinystories count as a shard: 250 MB, as in ClimbMix
 SHAKESPEARE = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
@@ -269,7 +269,7 @@ WORKERS, ATTEMPTS = 8, 5  # parallel downloads; attempts in a row without progre
 VERIFIED = 10**9  # modification time of a verified download: any change resets it
 TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-CUT_FROM, CUT_AT = 1_500, 6_000  # least and most characters of a document cut from a file
+CUT_FROM, CUT_AT = 1_500, 6_000  # characters of a document cut from a file: usual minimum, maximum
 LONGEST = 500_000  # characters; cuts longer records: tiktoken fails on a million spaces
 GROUP = 1_024  # documents per group
 HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # validation split: 2% of the bytes, at least 100 kB, at most 10%
@@ -316,7 +316,7 @@ def download(url, sha256, path, bar):
         if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
             os.utime(part, (VERIFIED, VERIFIED))
             return os.replace(part, path)
-        problem = f"got {got:,} bytes, not {size:,} with sha256 {wanted[:16]}"
+        problem = f"got {got:,} bytes, expected {size or got:,} with sha256 {wanted[:16]}"
         if got >= size:
             part.unlink()
     raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN, "
@@ -363,7 +363,7 @@ def row_groups(paths):
 
 
 def cut(text):
-    """Documents of CUT_FROM to CUT_AT characters, cut before unindented lines if possible."""
+    """Documents of at most CUT_AT characters, cut at blank lines before unindented text if possible."""
     documents = [""]
     for block in re.split(r"(?<=\n\n)(?=\S)", text):
         for i in range(0, len(block), CUT_AT):
@@ -414,7 +414,7 @@ def find_files(data):
                 if path.suffix.lower() in endings and os.path.isfile(path):
                     found[path] = digest(str(path.relative_to(top)))
                 else:
-                    skipped[path.suffix.lower() or "without an ending"] += 1
+                    skipped[path.suffix.lower() or "without an extension"] += 1
     if data != "python" and skipped:
         print("skipped:  ", ", ".join(f"{number:,} {kind}" for kind, number in skipped.items()))
     if not found:
@@ -425,7 +425,7 @@ def find_files(data):
 def split_text(files, limit=None, report=True):
     """(train, val): functions that yield groups of documents, train at most `limit` groups.
 
-    The small files and the documents of large files that have the lowest digests go to val. Copies stay
+    The lowest digests go to val: a small file has one, a large file one per document. Duplicates stay
     together.
     """
     def held_out(size):
@@ -488,7 +488,8 @@ def split(data, files, num_shards):
     """(train, val) of the corpus `data`: functions that yield groups of documents."""
     if data == "climbmix":
         return lambda: row_groups(files[:-1]), lambda: row_groups(files[-1:])
-    return split_text(files, num_shards * STORIES if data == "tinystories" else None, data not in CORPORA)
+    limit = num_shards * STORY_GROUPS if data == "tinystories" else None
+    return split_text(files, limit, data not in CORPORA)
 
 
 # === 3. Tokenizer: rustbpe trains, tiktoken encodes ===
@@ -522,7 +523,7 @@ class Tokenizer:
         tokenizer = cls({bytes(token): rank for token, rank in bpe.get_mergeable_ranks()})
         found = tokenizer.get_vocab_size()
         if found < vocab_size:
-            raise PrepareError(f"this text gives only {found} tokens; add text or use --vocab-size {found}")
+            raise PrepareError(f"the text is too short for {vocab_size} tokens; use --vocab-size {found}")
         return tokenizer
 
     def save(self, directory):
@@ -603,7 +604,7 @@ BUFFER_DOCS = 1_000  # documents to choose from
 def pack_rows(batches, capacity):
     """Yield rows of `capacity` tokens, lists of (start, stop), from batches of (starts, stops).
 
-    The longest document that fits fills a gap, the first of equals. If none fits, the shortest is cropped.
+    A gap takes the longest document that fits, the first of equals. If none fits, the shortest is cropped.
     Stops before a row that it cannot fill.
 
     >>> list(pack_rows([([0, 4, 6], [4, 6, 9])], 5))  # documents of 4, 2 and 3 tokens
@@ -631,7 +632,7 @@ def pack_rows(batches, capacity):
 def make_dataloader(tokenizer, B, T, split, device=None):
     """Yield (inputs, targets, epoch) forever: int64 [B, T] on `device`; rows begin with BOS."""
     if split not in ("train", "val") or min(B, T) < 1:
-        raise ValueError(f"split {split!r} must be 'train' or 'val', B = {B} and T = {T} at least 1")
+        raise ValueError(f"split must be 'train' or 'val', B and T at least 1, not {split!r}, {B}, {T}")
     import torch
 
     device = torch.device(device or default_device())
@@ -647,7 +648,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
         rows = pack_rows(epochs(), T + 1)
         while True:
             tokens = store.rows(list(islice(rows, B)), T + 1)
-            # torch reuses pinned memory only after its copy
+            # torch reuses pinned memory once its copy is done
             batch = torch.empty((2, B, T), dtype=torch.int64, pin_memory=device.type == "cuda")
             batch.numpy()[:] = tokens[:, :-1], tokens[:, 1:]
             yield *batch.to(device, non_blocking=True), epoch
@@ -673,7 +674,7 @@ def bytes_of_tokens(tokenizer):
 
 
 def validation_rows():
-    """The rows to score, int64 [rows, T + 1]; raises Refused if they were changed."""
+    """The rows to score, int64 [rows, T + 1]; raises Refused or PrepareError if they were changed."""
     import torch
 
     path, manifest = current_folder() / "val_rows.bin", read_manifest()
@@ -686,15 +687,15 @@ def validation_rows():
 def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
     """Bits per byte of `model`, which maps ids [B, T] to logits [B, T, vocab_size]. Lower is better.
 
-    The metric: the cross-entropies in bits of the targets in the validation rows, over their UTF-8 bytes.
-    Special tokens count in neither sum. It is computed in fp32; the batch is halved when out of memory.
-    `inspect(cost, inputs, targets)` may add checks and must return cost(inputs, targets). `tokenizer` is
+    The metric: the sum of the targets' cross-entropies in bits over the sum of their UTF-8 bytes. Special
+    tokens count in neither sum. Losses are in fp32; the batch is halved when out of memory.
+    `inspect(loss, inputs, targets)` may add checks and must return loss(inputs, targets). `tokenizer` is
     ignored, since train.py could change it. Raises Refused.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    def cost(inputs, targets):
+    def loss(inputs, targets):
         logits = model(inputs.clone())  # the model may write to its input
         shape = *inputs.shape, len(token_bytes)
         if type(logits) is not torch.Tensor or logits.shape != shape:
@@ -717,13 +718,13 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
             ids = rows[at : at + batch]
             inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
             try:
-                costs = inspect(cost, inputs, targets) if inspect else cost(inputs, targets)
+                losses = inspect(loss, inputs, targets) if inspect else loss(inputs, targets)
             except (RuntimeError, MemoryError) as error:
                 if len(ids) == 1 or not out_of_memory(error):
                     raise
                 batch //= 2
                 continue
-            nats += float(costs.cpu().double()[counted > 0].sum())
+            nats += float(losses.cpu().double()[counted > 0].sum())
             size += int(counted.sum())
             at += len(ids)
     model.train(training)
@@ -736,26 +737,27 @@ class Inspector:
     def __init__(self, rows):
         self.rows, self.random, self.scored, self.first, self.edges = rows, random.SystemRandom(), 0, None, []
 
-    def __call__(self, cost, inputs, targets):
+    def __call__(self, loss, inputs, targets):
         import torch
 
         chosen = self.first is None or self.random.random() < PROBED
-        nats = self.probe(cost, inputs, targets) if chosen else cost(inputs, targets)
+        nats = self.probe(loss, inputs, targets) if chosen else loss(inputs, targets)
         self.first = self.first or (inputs, targets, nats)
         if self.scored + len(inputs) == len(self.rows):
-            for _ in range(REPEATS):  # a model that remembers later rows shows it here
-                self.probe(cost, *self.first)
+            for _ in range(REPEATS):  # a model that learned from the rows since then shows it
+                self.probe(loss, *self.first)
             edges = torch.cat(self.edges)
             change = float(edges.abs().mean())
             if change > MEAN_CHANGE or float(edges.mean()) > MEAN_GAIN:
-                raise Refused(f"the model sees the future or other rows: costs change by {change:.2g} nats")
+                raise Refused(f"the model sees the future or other rows: losses change by {change:.2g} nats")
         self.scored += len(inputs)  # not reached if out of memory
         return nats
 
-    def probe(self, cost, inputs, targets, nats=None):
-        """Raise Refused if tokens that the model must not see change the cost of a target.
+    def probe(self, loss, inputs, targets, nats=None):
+        """Raise Refused if tokens that the model must not see change the loss of a target.
 
-        A mixed row is a prefix of its row and the rest of another (one is whole). Mixed rows come first.
+        A mixed row is a prefix of its row, then the rest of another; of more than three, one stays whole.
+        They run before `inputs`, unless `nats`, its losses, is given.
         """
         import torch
 
@@ -765,21 +767,21 @@ class Inspector:
         lengths = rng.sample([T, 1, T - 1, *(rng.randrange(1, T + 1) for _ in range(max(1, B - 3)))], B)
         kept = inputs.new_tensor(lengths)[:, None]
         seen = torch.arange(T, device=inputs.device) < kept  # (B, T)
-        mixed = cost(torch.where(seen, inputs, others), targets)
-        nats = cost(inputs, targets) if nats is None else nats
+        mixed = loss(torch.where(seen, inputs, others), targets)
+        nats = loss(inputs, targets) if nats is None else nats
         change = (mixed - nats) * seen
         self.edges.append(change.gather(1, kept - 1))  # where leaks show most
         if float(change.abs().max()) <= ONE_CHANGE:
             return nats
         row, at = divmod(int(change.abs().argmax()), T)
         others[row] = inputs[row]
-        again, mixed_in = (cost(idx, targets) - nats for idx in (inputs, others))
+        again, mixed_in = (loss(idx, targets) - nats for idx in (inputs, others))
         if float(again.abs().max()) > ONE_CHANGE:
-            raise Refused("two forwards of an input differ: logits must not be random or remember inputs")
+            raise Refused("two passes over one input differ: the model must be deterministic and stateless")
         if float(mixed_in[row].abs().max()) > ONE_CHANGE:
             raise Refused("the logits of a row depend on the other rows, or on rows seen before")
-        raise Refused(f"the model sees the future: tokens from {lengths[row]} on change the cost of target "
-                      f"{at} by {float(change[row, at]):.2g} nats")
+        raise Refused(f"the model sees the future: tokens {lengths[row]} and later change the loss of "
+                      f"target {at} by {float(change[row, at]):.2g} nats")
 
 
 # === 7. main: prepare one corpus and make it current ===
@@ -799,7 +801,7 @@ def prepare(data, scale, num_shards=None, vocab_size=None):
     with lock_file(folder / "lock", os.getpid()):
         files = gather(data, folder / "shards", spec["num_shards"])
         hashes = []
-        for path in files if data not in CORPORA else ():  # a new package must not change the corpus python
+        for path in files if data not in CORPORA else ():  # an installed package does not change python
             with reading(path):
                 hashes.append(sha256_of(path))
         spec |= dict(data=name, text=digest(hashes))
@@ -854,9 +856,9 @@ def main():
     option("--num-shards", type=int, metavar="N",
            help="shards of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small: 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="including 4 special tokens; 256: bytes only (default: 8192; small: 2048)")
+           help="including 4 special tokens; 256 or 260: bytes only (default: 8192; small: 2048)")
     option("--scale", choices=SCALES,
-           help="full: for a GPU of 40 GB or more; medium: other GPUs; small: a CPU (default: what fits)")
+           help="full: a GPU with 40 GB and 200 TFLOP/s; medium: other GPUs; small: a CPU (default: fits)")
     args = parser.parse_args()
     for name, value, other, low, high in (("num-shards", args.num_shards, -1, 1, LAST_SHARD),
                                           ("vocab-size", args.vocab_size, 256, 260, 2**16)):
@@ -867,7 +869,7 @@ def main():
     try:
         prepare(args.data, args.scale or device_scale(), args.num_shards, args.vocab_size)
     except BlockingIOError as holder:
-        sys.exit(f"error: process {holder} prepares the same data; wait for it or stop it")
+        sys.exit(f"error: process {holder} is preparing this data; wait for it or stop it")
     except KeyboardInterrupt:
         sys.exit("interrupted: run the same command again to resume")
     except OSError as error:

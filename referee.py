@@ -4,7 +4,7 @@ The referee: it times and logs a run, and says what to do next. Nobody edits thi
     from referee import Run    train.py trains inside a Run
     uv run referee.py          prints the runs since the commit "baseline", rewrites results.tsv
 
-Each section uses only those above it and prepare.py: grep '^# ===' referee.py
+The sections (grep '^# ===' referee.py) use only those above them and prepare.py.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import torch
 import prepare
 from prepare import PrepareError, Refused, cache_root, out_of_memory, read_manifest
 
-# === 1. Log: the journal of this machine, and results.tsv, a view of it ===
+# === 1. Log: the journal of all runs, and results.tsv, a view of it ===
 
 REPOSITORY = Path(__file__).parent
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription"  # of results.tsv
@@ -46,7 +46,7 @@ def git(*words, stdin=""):
 def history():
     """[(hash, twin, subject)] of HEAD and its ancestors, newest first.
 
-    The twin (author's time, hash of train.py) stays the same after an amended message and a rebase.
+    The twin (author date, hash of train.py) recognises a commit after an amended message or a rebase.
     """
     log = git("log", "-z", "-n5000", "--no-show-signature", "--encoding=UTF-8", "--format=%H%x09%at%x09%s")
     if not log:
@@ -54,12 +54,12 @@ def history():
     commits = [line.split("\t", 2) for line in log.split("\0")]
     files = git("cat-file", "--batch-check", stdin="".join(f"{c[0]}:./train.py\n" for c in commits))
     files = files or "\n" * (len(commits) - 1)  # git fails in a partial clone without a network
-    return [(code, f"{at} {file}", subject)
-            for (code, at, subject), file in zip(commits, files.split("\n"), strict=True)]
+    return [(sha, f"{at} {file}", subject)
+            for (sha, at, subject), file in zip(commits, files.split("\n"), strict=True)]
 
 
 def all_runs(own=None):
-    """The runs of this machine, oldest first. If a run has no final record and no process, it crashed.
+    """All runs in the journal, oldest first. If a run has no final record and no process, it crashed.
 
     `own`: the record of this run, which may not be in the journal yet.
     """
@@ -80,13 +80,13 @@ def all_runs(own=None):
 
 
 def night_of(commits, runs):
-    """The night of HEAD is that of its nearest ancestor with a run. A commit "baseline" starts a new one."""
+    """HEAD's night, the runs since a commit "baseline": that of the newest commit with a run, or new."""
     nights = {name: r["night"] for r in runs for name in r["names"]}
-    for code, twin, subject in commits:
-        if night := nights.get(code) or nights.get(twin):
+    for sha, twin, subject in commits:
+        if night := nights.get(sha) or nights.get(twin):
             return night
         if subject.partition(":")[0] == "baseline":
-            return code
+            return sha
     return commits[-1][0]
 
 
@@ -96,7 +96,7 @@ def runs_of_night(own=None):
     A run is kept while its commit is in HEAD's history.
     """
     commits, runs = history(), all_runs(own)
-    night, kept = night_of(commits, runs), {name for code, twin, _ in commits for name in (code, twin)}
+    night, kept = night_of(commits, runs), {name for sha, twin, _ in commits for name in (sha, twin)}
     runs = [r for r in runs if r["night"] == night]
     for r in runs:
         state = "keep" if kept.intersection(r["names"]) else "discard"
@@ -138,8 +138,8 @@ def noise(runs):
 def verdict_of(run, runs):
     """Say what to do after `run`, given all `runs` of its night.
 
-    For each seed, compare the mean of this commit with the best mean of the other kept commits. If they also
-    ran on seed 1, confirm a gain on it. The mean gain must exceed the noise.
+    For each seed, compare the mean of this commit with the best mean of the other kept commits. If one of
+    them ran on seed 1, confirm a gain above half the noise on it. Keep a mean gain above the noise.
     """
     own, scores, best, gains = run["commit"], defaultdict(dict), {}, {}
     if run["status"] != "ok":
@@ -174,23 +174,23 @@ def verdict_of(run, runs):
 # === 3. Run: clock, limits, lock and report ===
 
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
-START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # most seconds; TRAIN_LIMIT is added to the budget
+START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # in seconds; TRAIN_LIMIT is added to the budget
 SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 STATUS = {Refused: "refused", FloatingPointError: "nan"}
 
 
 def fingerprint():
-    """All that train.py could replace at run time: values of constants, code of functions."""
+    """What train.py must not replace at run time: values of constants, code of functions."""
     owners = prepare, sys.modules[__name__], prepare.Tokenizer, prepare.Inspector, Run
     return {f"{owner.__name__}.{name}": repr(v) if name.isupper() else id(getattr(v, "__code__", v))
             for owner in owners for name, v in vars(owner).items()}
 
 
 class Run:
-    """One experiment: `with Run() as run:` around start(), progress() and step(), score().
+    """One experiment: `with Run() as run:` around start(), step() until progress() is 1, and score().
 
-    After start() everything is on the clock. train.py adds depth, num_params_M, flops_per_token and attention
-    to `record`, the report. A failed run ends with SystemExit.
+    The clock runs from start() to score(). train.py adds depth, num_params_M, flops_per_token and attention
+    to `record`, the journal entry. A failed run ends with SystemExit.
     """
 
     def __init__(self):
@@ -212,29 +212,30 @@ class Run:
         r, self.device = self.record, prepare.default_device()
         if self.device.type != "cuda" and self.data["scale"] != "small":
             raise PrepareError(f"the prepared data (scale {self.data['scale']}) need a CUDA GPU and torch "
-                               "finds none; for a CPU run: uv run prepare.py --scale small")
+                               "finds none; on a CPU: uv run prepare.py --scale small")
         r["device"], r["lock"] = prepare.device_names(self.device)
         try:
             self.lock = prepare.lock_file(cache_root() / r["lock"], r["run"])
             self.trace = open(cache_root() / f"{r['run']}.trace", "w")
         except BlockingIOError as holder:
-            raise PrepareError(f"{r['device']} is taken: process {holder} trains on it; wait, or choose "
+            pid = str(holder).partition("-")[0]
+            raise PrepareError(f"{r['device']} is taken: process {pid} is using it; wait, or choose "
                                "another GPU with CUDA_VISIBLE_DEVICES") from None
         except OSError as error:
-            raise PrepareError(f"cannot write the log: {error}; set AUTORESEARCH_CACHE") from None
+            raise PrepareError(f"cannot write the cache: {error}; set AUTORESEARCH_CACHE") from None
         sys.stdout = prepare.Output(sys.stdout)
         for number in SIGNALS:
             signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
         self.limit(START_LIMIT)
-        os.environ.setdefault("LOGNAME", str(os.getuid()))  # torch needs a name, even without an account
+        os.environ.setdefault("LOGNAME", str(os.getuid()))  # torch needs a user name; the uid may have none
         commits, dirty = history(), ""
         head, twin, subject = commits[0]
-        code = head
+        sha = head
         if head != "none":
             dirty = git("status", "--porcelain", "--", ":(glob)*.py")
-            code = dirty and git("stash", "create") or head  # a commit of the current files, on no branch
-            git("update-ref", f"refs/runs/{code[:7]}", code)  # so that git never deletes it
-        r |= dict(commit=code[:7] + "+" * bool(dirty), names=[] if dirty else [head, twin],
+            sha = dirty and git("stash", "create") or head  # a commit of the current files, on no branch
+            git("update-ref", f"refs/runs/{sha[:7]}", sha)  # so that git never deletes it
+        r |= dict(commit=sha[:7] + "+" * bool(dirty), names=[] if dirty else [head, twin],
                   description="uncommitted, after: " * bool(dirty) + " ".join(subject.split()),
                   night=night_of(commits, all_runs()))
         self.log()
@@ -276,7 +277,7 @@ class Run:
         self.record["startup_seconds"] = self.started - OPENED
 
     def progress(self):
-        """Share of the time budget used so far; the run is over at 1."""
+        """Share of the time budget used so far; training ends at 1."""
         return (time.monotonic() - self.started) / self.budget
 
     def step(self, loss, tokens):
@@ -317,11 +318,12 @@ class Run:
         if prepare.evaluated:
             raise Refused("a run has one score, but evaluate_bpb was called before")
         if (self.started - OPENED, budget) != (r["startup_seconds"], r["time_budget"]):
-            raise Refused("the clock was changed: do not touch start() or the time budget")
+            raise Refused("the clock was changed: leave run.started and run.budget alone")
         *before, last = self.step_seconds
-        late = 2 + 0.01 * budget + 2 * min(last, max(before))  # a GPU is one step behind
-        if not -0.02 * budget <= seconds - budget <= late:
-            raise Refused(f"trained for {seconds:.1f} s of a budget of {budget:.1f} s: stop at progress() 1")
+        slack = 2 + 0.01 * budget + 2 * min(last, max(before))  # a GPU is one step behind
+        if not -0.02 * budget <= seconds - budget <= slack:
+            raise Refused(f"trained for {seconds:.1f} s of a budget of {budget:.1f} s: stop when progress() "
+                          "is 1")
         self.intact()
         inspector = prepare.Inspector(prepare.validation_rows())
         value = prepare.evaluate_bpb(model, tokenizer, batch_size, inspector)
@@ -367,10 +369,10 @@ class Run:
 
 
 def main():
-    """Print the runs of this night, the last verdict and a status line; rewrite results.tsv."""
+    """Print the runs of this night, the last verdict and a summary; rewrite results.tsv."""
     sys.stdout = prepare.Output(sys.stdout)
     runs = runs_of_night()
-    print(f"seconds\tseed\ttokens/s\t{HEADER}".expandtabs(10))
+    print(f"budget\tseed\ttokens/s\t{HEADER}".expandtabs(10))
     for r in runs:
         shown = r if r["standard"] or r["state"] in ("crash", "running") else r | dict(state="trial")
         line = f"{r['time_budget']:.0f}\t{r['seed']}\t{r['tokens_per_second']}\t{row(shown)}".expandtabs(10)
@@ -385,7 +387,8 @@ def main():
     for r in runs:
         if r["state"] == "running":
             left = r["time"] + r["startup_seconds"] + r["time_budget"] - time.time()
-            line += f"; process {r['run'].partition('-')[0]} is running, {max(0, left):.0f} s left"
+            pid = r["run"].partition("-")[0]
+            line += f"; process {pid} is running, {max(0, left):.0f} s of training left"
     for r in [r for r in runs if r["status"]][-1:]:
         print(f"last verdict: {verdict_of(r, runs)}")
     print(f"{line}; noise {noise(runs):.6f}")

@@ -28,7 +28,7 @@ from referee import Run
 
 # === Constants: only main() reads them. Edit a line, commit, run ===
 
-# Values without a note come from the best public logs on H100 and H200 at this size
+# Unless noted, the values of scale full come from the best public logs on H100 and H200 at this size
 # Model
 DEPTH = 8  # layers
 N_EMBD = 768  # width, a multiple of HEAD_DIM; 8 x 768 beats 8 x 512 in public H100 and B200 logs
@@ -41,31 +41,31 @@ ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
 SHIFT_KEYS = False  # half of each key comes from the previous token; not tried on a GPU
 NGRAMS = ()  # orders of n-grams with an embedding, added to that of the token; not tried on a GPU
-NGRAM_ROWS = 2**15  # hashed rows per order; not tuned
+NGRAM_ROWS = 2**15  # hash buckets per order; not tuned
 RECALL = ()  # for these n, embed the token that last followed the same n tokens; not tried on a GPU
 SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed
-TOTAL_BATCH = 2**17  # tokens per optimizer step, rounded to whole rows; 2**19 gives too few steps
-DEVICE_BATCH = 64  # most rows per forward; halved when out of memory
+TOTAL_BATCH = 2**17  # tokens per optimizer step, rounded to whole rows (sequences); 2**19 gives too few steps
+DEVICE_BATCH = 64  # maximum rows per forward; halved when out of memory
 ROW_MIB = 510  # GPU memory per row, from a dry run (750 uncompiled); smaller cards get fewer rows
 COMPILE = True  # torch.compile; takes 30 to 120 s before the clock starts
 
-# Optimizer: learning rates are for width 768; AdamW's matrices scale theirs by (N_EMBD / 768)^-0.5
+# Optimizer: EMBED_LR and HEAD_LR are for width 768; they scale by (N_EMBD / 768)^-0.5
 MATRIX_LR = 0.04  # Muon
-EMBED_LR = 0.8  # AdamW, token and value embeddings; good from 0.74 to 0.9
+EMBED_LR = 0.8  # AdamW, all embeddings; good from 0.74 to 0.9
 HEAD_LR = 0.008  # AdamW; good from 0.006 to 0.01
 RESID_LR, X0_LR = 0.005, 0.5  # AdamW, per-layer scalars
 ADAM_BETAS = (0.8, 0.95)
 MATRIX_DECAY = 0.125  # cautious: only where update and weight have the same sign; fades as (1 - progress)^2
 EMBED_DECAY, VALUE_DECAY, HEAD_DECAY = 0.0005, 0.004, 0.002  # decoupled weight decay
-MOMENTUM = (0.85, 0.92, 0.05)  # Muon: from, to, over this share of the run
+MOMENTUM = (0.85, 0.92, 0.05)  # Muon: from, to, over this fraction of the run
 
-# Schedule, in shares of the time budget
-WARMDOWN = 0.8  # last part of the run: learning rates fall linearly
-FINAL_LR = 0.04  # share of the learning rate left at the end; good from 0.03 to 0.05
+# Schedule
+WARMDOWN = 0.8  # fraction of the run, at its end: learning rates fall linearly
+FINAL_LR_FRAC = 0.04  # of the peak learning rates, left at the end; good from 0.03 to 0.05
 
-if SCALE == "medium":  # for other GPUs; the shape is from public logs of RTX 3060, 3090, 4090 and GB10
+if SCALE == "medium":  # for smaller GPUs; the shape is from public logs of RTX 3060, 3090, 4090 and GB10
     DEPTH, N_EMBD, TOTAL_BATCH = 5, 512, 2**16  # 8 x 768 gets only 140 steps on an RTX 3090
     ROW_MIB = 300
 
@@ -81,14 +81,14 @@ if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows
     WINDOW_PATTERN, SOFTCAP = "L", 0.0
     TOTAL_BATCH = 2**11  # tried 2**10: +0.044
     COMPILE = False
-    FINAL_LR = 0.0  # tried 0.04: +0.01
+    FINAL_LR_FRAC = 0.0  # tried 0.04: +0.01
 
 # === Model ===
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. `windows`: how many earlier tokens each layer sees; sequence_len: all."""
+    """The shape of a GPT. `windows`: how many earlier tokens each layer sees (sequence_len = all)."""
 
     sequence_len: int
     vocab_size: int
@@ -121,18 +121,18 @@ def layer_windows(pattern, n_layer, short_window, sequence_len):
     return [widths[letter] for letter in islice(cycle(pattern), n_layer - 1)] + [sequence_len]
 
 
-def hash_ngrams(idx, n, rows):
-    """A hash, below `rows`, of the last n tokens at each position of idx (B, T)."""
+def hash_ngrams(idx, n, buckets):
+    """A hash, below `buckets`, of the last n tokens at each position of idx (B, T)."""
     key = idx
     for i in range(1, n):
         key = key * 1_000_003 + F.pad(idx, (i, -i))
-    return key % rows
+    return key % buckets
 
 
 def recall(idx, n, vocab_size):
     """The token that followed the previous occurrence of the last n tokens; if none, vocab_size. (B, T)
 
-    An induction head (arXiv 2209.11895) has to learn this. A stable sort by n-gram puts the previous
+    This is what an induction head (arXiv 2209.11895) learns. A stable sort by n-gram puts the previous
     occurrence just before the current one. The token after it is never a future token.
     """
     key, order = hash_ngrams(idx, n, 2**62).sort(dim=1, stable=True)
@@ -153,9 +153,9 @@ def one_line(error):
 
 
 def attention_kernel(device, dtype):
-    """The fastest `kernel` for attend().
+    """The name of the fastest kernel, GPTConfig.attention.
 
-    "fa3" on Hopper, if it loads. "varlen", torch's flash kernel, for other bf16 on CUDA. Otherwise "sdpa".
+    "fa3" on Hopper, if it loads. "varlen", torch's flash kernel, for bf16 on other GPUs. Otherwise "sdpa".
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         return "fa3" if flash_attention_3() else "varlen"
@@ -169,9 +169,9 @@ def attend(q, k, v, window, kernel):
     if callable(kernel):  # FlashAttention-3
         return kernel(q, k, v, causal=True, window_size=span)
     if kernel == "varlen":
-        edges = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+        cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
         q, k, v = (x.reshape(B * T, H, D) for x in (q, k, v))
-        y = varlen_attn(q, k, v, edges, edges, T, T, window_size=span)
+        y = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=span)
         return y.view(B, T, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     visible = None  # all
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         c = self.config
         q, k, v = F.linear(x, self.c_qkv.flatten(0, 1).to(x.dtype)).view(B, T, 3, -1, c.head_dim).unbind(2)
-        if value_embed is not None:  # value residual, gated per head; the gate starts at 1
+        if value_embed is not None:  # value embedding, gated per head; the gate starts at 1
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.GATE_CHANNELS]))
             v = v + gate[..., None] * value_embed.view(B, T, -1, c.head_dim)
         q, k = (rotate(norm(x) * c.qk_gain, cos, sin) for x in (q, k))
@@ -255,8 +255,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.head_dim or config.head_dim % 2 or config.n_embd < Attention.GATE_CHANNELS:
-            raise ValueError(f"N_EMBD = {config.n_embd} must be a multiple of the even HEAD_DIM = "
-                             f"{config.head_dim}, and at least {Attention.GATE_CHANNELS}")
+            raise ValueError(f"HEAD_DIM = {config.head_dim} must be even, and N_EMBD = {config.n_embd} a "
+                             f"multiple of it and at least {Attention.GATE_CHANNELS}")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         self.context_embeds = nn.ModuleList(nn.Embedding(rows, config.n_embd) for rows in sizes)
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, config.n_embd)
                                            for i in range(config.n_layer) if config.has_value_embed(i)})
-        # Before each layer: x = resid * x + x0 * embedding
+        # Per layer: factors of x and of the embedding x0
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), 0.1))
         tables = rotary(config.sequence_len, config.head_dim, config.rope_base)
@@ -274,7 +274,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Unit token embeddings, a head near zero, zero projections into the residual stream."""
+        """N(0, 1) token embeddings, a head near zero, zero projections into the residual stream."""
         bound = (3 / self.config.n_embd) ** 0.5
         self.wte.weight.normal_()
         self.lm_head.weight.normal_(std=0.001)
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
     def flops_per_token(self):
-        """FLOPs of forward and backward: 6 per weight of a matmul, 12 per channel of each visible token."""
+        """FLOPs of forward and backward: 6 per weight of a matmul, 12 per channel and token of a window."""
         weights = sum(p.numel() for p in self.blocks.parameters()) + self.lm_head.weight.numel()
         return 6 * weights + 12 * self.config.n_embd * sum(self.config.windows)
 
@@ -326,8 +326,8 @@ def orthogonalize(g):
         return orthogonalize(g.mT).mT
     x = g / (g.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
@@ -367,19 +367,19 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas, decays, compiled):
     """(AdamW, Muon), with every parameter in exactly one group. A group keeps its peak rate as `initial_lr`.
 
-    Muon gets the matrices of the blocks. AdamW gets the embeddings, the head and the scalars.
+    Muon gets all parameters of the blocks, matrices only. AdamW gets embeddings, head and scalars.
     `decays` has four values: embeddings, value embeddings, head, matrices.
     """
-    size = (model.config.n_embd / 768) ** -0.5
+    scale = (model.config.n_embd / 768) ** -0.5
     embed_decay, value_decay, head_decay, matrix_decay = decays
     shapes = {}
     for p in model.blocks.parameters():
         shapes.setdefault(p.shape, []).append(p)
     adamw = torch.optim.AdamW([
-        dict(params=[model.wte.weight], lr=embed_lr * size, weight_decay=embed_decay),
-        dict(params=[*model.value_embeds.parameters()], lr=embed_lr * size, weight_decay=value_decay),
-        dict(params=[*model.context_embeds.parameters()], lr=embed_lr * size, weight_decay=0.0),
-        dict(params=[model.lm_head.weight], lr=head_lr * size, weight_decay=head_decay),
+        dict(params=[model.wte.weight], lr=embed_lr * scale, weight_decay=embed_decay),
+        dict(params=[*model.value_embeds.parameters()], lr=embed_lr * scale, weight_decay=value_decay),
+        dict(params=[*model.context_embeds.parameters()], lr=embed_lr * scale, weight_decay=0.0),
+        dict(params=[model.lm_head.weight], lr=head_lr * scale, weight_decay=head_decay),
         dict(params=[model.resid_lambdas], lr=resid_lr, weight_decay=0.0),
         dict(params=[model.x0_lambdas], lr=x0_lr, weight_decay=0.0, betas=(0.96, 0.95)),
     ], betas=betas, eps=1e-10, fused=True)
@@ -387,27 +387,27 @@ def build_optimizers(model, matrix_lr, embed_lr, head_lr, resid_lr, x0_lr, betas
     muon = Muon(matrices, model.config.dtype, compiled)
     groups = adamw.param_groups + muon.param_groups
     grouped = [id(p) for group in groups for p in group["params"]]
-    left_out = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
-    if left_out:
-        raise ValueError(f"parameters {left_out} must be in exactly one group of build_optimizers")
+    wrong = [name for name, p in model.named_parameters() if grouped.count(id(p)) != 1]
+    if wrong:
+        raise ValueError(f"parameters {wrong} must be in exactly one group of build_optimizers")
     for group in groups:
         group["initial_lr"], group["initial_decay"] = group["lr"], group["weight_decay"]
     return adamw, muon
 
 
-# === Schedules: functions of progress, the share of the time budget used so far ===
+# === Schedules: functions of progress, the fraction of the time budget used so far ===
 
 
-def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
-    """Set rates, momentum, decay. In the last `warmdown`, learning rates fall to `final_lr` of the peak."""
-    start, stop, share = momentum
+def set_schedules(optimizers, progress, warmdown, final_frac, momentum):
+    """Set rates, momentum, decay. Over the last `warmdown`, rates fall to `final_frac` * peak."""
+    start, stop, frac = momentum
     adamw, muon = optimizers
     left = max(0.0, 1 - progress)
     fade = min(1.0, left / max(warmdown, 1e-9))
     for group in adamw.param_groups + muon.param_groups:
-        group["lr"] = group["initial_lr"] * (final_lr + (1 - final_lr) * fade)
+        group["lr"] = group["initial_lr"] * (final_frac + (1 - final_frac) * fade)
     for group in muon.param_groups:
-        group["momentum"] = start + (stop - start) * min(1.0, progress / share)
+        group["momentum"] = start + (stop - start) * min(1.0, progress / frac)
         group["weight_decay"] = group["initial_decay"] * left**2
 
 
@@ -415,7 +415,7 @@ def set_schedules(optimizers, progress, warmdown, final_lr, momentum):
 
 
 def activation_dtype(device):
-    """bf16 on CUDA from sm_80 on, and on a CPU that multiplies bf16 matrices. Otherwise fp32."""
+    """bf16 on CUDA from sm_80 on, and on a CPU with bf16 instructions. Otherwise fp32."""
     if device.type == "cuda":
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     else:
@@ -424,17 +424,17 @@ def activation_dtype(device):
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def split_batch(rows, at_most):
-    """(rows per forward, forwards per step): at least `rows` in all, at most `at_most` per forward."""
-    forwards = math.ceil(rows / at_most)
-    return math.ceil(rows / forwards), forwards
+def split_batch(rows, max_rows):
+    """(rows per forward, accumulation steps): at least `rows` in all, at most `max_rows` per forward."""
+    accum = math.ceil(rows / max_rows)
+    return math.ceil(rows / accum), accum
 
 
-def train_step(loss_fn, model, optimizers, batches, forwards):
-    """One step on `forwards` batches (inputs, targets, epoch). Returns the mean loss without waiting."""
+def train_step(loss_fn, model, optimizers, batches, accum):
+    """One step, gradients accumulated over `accum` batches (inputs, targets, epoch). The mean loss."""
     total = 0.0
-    for inputs, targets, _ in islice(batches, forwards):
-        loss = loss_fn(model, inputs, targets) / forwards
+    for inputs, targets, _ in islice(batches, accum):
+        loss = loss_fn(model, inputs, targets) / accum
         loss.backward()
         total = total + loss.detach()
     for optimizer in optimizers:
@@ -443,30 +443,31 @@ def train_step(loss_fn, model, optimizers, batches, forwards):
     return total
 
 
-def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
-    """Compile and try the step on made-up batches, then undo it. Returns split_batch() of what fits.
+def warm_up(loss_fn, model, optimizers, rows, max_rows, compiled):
+    """Compile and try the step on made-up batches, then undo it. Returns the split_batch() that fits.
 
-    When out of memory, a forward gets half the rows. If torch.compile fails, the run goes on without it.
+    When out of memory, a forward gets half the rows. If a compiled step fails, the run goes on uncompiled.
     """
     before = {name: value.clone() for name, value in model.state_dict().items()}
     vocab_size, T, device = model.config.vocab_size, model.config.sequence_len, model.lm_head.weight.device
     while True:
-        micro, forwards = split_batch(rows, at_most)
+        micro, accum = split_batch(rows, max_rows)
         try:
+            # Two tensors, as in training, or it would recompile
             made_up = torch.arange(2 * micro * T, device=device).view(2, micro, T) % vocab_size
-            for _ in range(2):  # two tensors, as in training: else training would recompile
-                train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * forwards), forwards)
-            return micro, forwards
+            for _ in range(2):  # the second step needs more memory: the optimizers have state
+                train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * accum), accum)
+            return micro, accum
         except Exception as error:
             if out_of_memory(error):
                 if micro == 1:
                     raise
-                at_most = micro // 2
-                print(f"out of memory with {micro} rows per forward; trying {at_most}")
+                max_rows = micro // 2
+                print(f"out of memory with {micro} rows per forward; trying {max_rows}")
             elif compiled:
                 compiled = False
                 torch.compiler.set_stance("force_eager")
-                print(f"torch.compile failed; training uncompiled ({one_line(error)})")
+                print(f"the compiled step failed; trying it uncompiled ({one_line(error)})")
             else:
                 raise
         finally:
@@ -475,12 +476,12 @@ def warm_up(loss_fn, model, optimizers, rows, at_most, compiled):
                 optimizer.state.clear()
                 optimizer.zero_grad()
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # forget failed tries
+                torch.cuda.reset_peak_memory_stats()  # forget all tries
 
 
 @torch.no_grad()
 def sample(model, idx, count, temperature=0.8):
-    """Continue each row of idx (B, t) by `count` tokens. Forwards use whole rows, as in training."""
+    """Continue each row of idx (B, t) by `count` tokens. Pads to sequence_len, as in training."""
     for _ in range(count):
         logits = model(F.pad(idx, (0, model.config.sequence_len - idx.size(1))))[:, idx.size(1) - 1]
         idx = torch.cat((idx, torch.multinomial((logits / temperature).softmax(-1), 1)), dim=1)
@@ -491,7 +492,7 @@ def main():
     with Run() as run:
         # glibc must keep freed blocks: fetching them again took a third of an uncompiled step on a CPU
         if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-            libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+            libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older glibc allow 32 MiB
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         torch.manual_seed(run.seed)
         torch.set_float32_matmul_precision("high")
@@ -515,19 +516,19 @@ def main():
                            flops_per_token=model.flops_per_token())
         print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if COMPILE else 'not '}compiled")
 
-        rows, at_most = max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH
+        rows, max_rows = max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH
         if run.device.type == "cuda":
             memory = torch.cuda.get_device_properties().total_memory
-            at_most = max(1, min(at_most, memory // (ROW_MIB << 20)))
-        micro, forwards = warm_up(loss_fn, model, optimizers, rows, at_most, COMPILE)
-        print(f"a step: {forwards} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
+            max_rows = max(1, min(max_rows, memory // (ROW_MIB << 20)))
+        micro, accum = warm_up(loss_fn, model, optimizers, rows, max_rows, COMPILE)
+        print(f"a step: {accum} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
         batches = make_dataloader(tokenizer, micro, T, "train")
         run.start()
         while (progress := run.progress()) < 1:
-            set_schedules(optimizers, progress, WARMDOWN, FINAL_LR, MOMENTUM)
-            loss = train_step(loss_fn, model, optimizers, batches, forwards)
-            run.step(loss, forwards * micro * T)
+            set_schedules(optimizers, progress, WARMDOWN, FINAL_LR_FRAC, MOMENTUM)
+            loss = train_step(loss_fn, model, optimizers, batches, accum)
+            run.step(loss, accum * micro * T)
         run.score(model, tokenizer, micro)
         prompt = torch.full((2, 1), tokenizer.get_bos_token_id(), device=run.device)
         for ids in sample(model, prompt, 80).tolist():

@@ -76,4 +76,4 @@ def test_an_old_driver_is_named(folder):
     code = "import prepare; prepare.device_scale()"
     run = dry_run(["-c", code], "4090", folder, driver=12080)
     assert run.returncode == 1 and "The NVIDIA driver on your system is too old (found version 12080)" in run.stderr
-    assert run.stderr.startswith("error: ") and "--scale small" in run.stderr
+    assert run.stderr.startswith("error: ") and "export CUDA_VISIBLE_DEVICES=" in run.stderr

@@ -211,7 +211,7 @@ ENDINGS = {  # name: a line or signals after the third step, status, error, exit
     "exit": ("sys.exit('gave up')", "crash", "SystemExit: gave up", 1),
     "nan": ("loss.mul_(math.nan)", "nan", "training loss is nan at step 3", 1),
     "oom": ("raise torch.OutOfMemoryError('of 80 GB')", "oom", "OutOfMemoryError: of 80 GB", 1),
-    "refused": ("break", "refused", r"trained for [0-2]\.\d s of a budget of 3\.0 s: stop at progress\(\) 1", 1),
+    "refused": ("break", "refused", r"trained for [0-2]\.\d s of a budget of 3\.0 s: stop when progress\(\) is 1", 1),
     "full disk": (FULL, "ok", "(OS|Runtime)Error: .*", 0),
     "ok": ("pass", "ok", "", 0),
 }  # fmt: skip
@@ -223,7 +223,7 @@ def small_train(line):
     changes = {rf"^    {name} = .*": f"    {name} = {value}"
                for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256, NGRAMS=()).items()}
     changes |= {"^COMPILE = .*": "COMPILE = False",
-                "(?<=run.step.loss, forwards . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
+                "(?<=run.step.loss, accum . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
     for old, new in changes.items():
         source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)
         assert count == 1, old
@@ -319,11 +319,11 @@ def test_a_second_run_is_refused_at_once(driver, tmp_path, toy):
     pid = lab.running()
     lab.start(second)
     code, output = lab.wait(second)
-    assert code == 1 and re.fullmatch(rf"error: cpu .* is taken: process {pid}-\S+ trains on it; .*\n", output)
+    assert code == 1 and re.fullmatch(rf"error: cpu .* is taken: process {pid} is using it; .*\n", output)
     table = lab.look()
     assert table[1].split()[:7] == ["60", "42", "0", lab.head(), "0.000000", "0.0", "running"]
     assert len(lab.journal()) == 1
-    assert re.search(rf"; process {pid} is running, \d+ s left;", table[-1])
+    assert re.search(rf"; process {pid} is running, \d+ s of training left;", table[-1])
     os.kill(pid, signal.SIGKILL)
     lab.wait()
     assert lab.look()[-1].startswith("1 runs (trials not counted), 0 kept, 1 crashed")

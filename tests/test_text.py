@@ -115,7 +115,7 @@ def test_endings_in_any_case_are_read_and_skipped_files_counted(folder, capsys):
     train, val = prepared(folder)
     assert {"upper " * 300, "table " * 300} <= {*train, *val} and not any("never" in text for text in train + val)
     line, = re.findall(r"^skipped: +(.*)", capsys.readouterr().out, re.M)
-    assert sorted(line.split(", ")) == ["1 .csv", "1 .html", "1 without an ending", "2 .gz", "2 .txt", "2 hidden"]
+    assert sorted(line.split(", ")) == ["1 .csv", "1 .html", "1 without an extension", "2 .gz", "2 .txt", "2 hidden"]
 
 
 def test_a_folder_without_text_lists_what_was_skipped(folder, capsys):

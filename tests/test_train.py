@@ -194,7 +194,7 @@ def test_logits_stay_below_the_cap():
 
 @pytest.mark.parametrize("changes", [dict(n_embd=40), dict(head_dim=5), dict(n_embd=16)])
 def test_a_width_that_does_not_fit_is_named(changes):
-    with pytest.raises(ValueError, match="N_EMBD = .* multiple of the even HEAD_DIM"):
+    with pytest.raises(ValueError, match="HEAD_DIM = .* must be even, and N_EMBD = .* multiple of it"):
         tiny_gpt(**changes)
 
 
@@ -277,10 +277,10 @@ def test_without_a_warmdown_rates_stay_constant():
 # Training
 
 
-@pytest.mark.parametrize("rows, at_most, expected", [(64, 64, (64, 1)), (64, 16, (16, 4)), (65, 64, (33, 2)),
+@pytest.mark.parametrize("rows, max_rows, expected", [(64, 64, (64, 1)), (64, 16, (16, 4)), (65, 64, (33, 2)),
                                                      (96, 64, (48, 2)), (1, 64, (1, 1)), (97, 64, (49, 2))])
-def test_any_batch_is_split(rows, at_most, expected):
-    assert train.split_batch(rows, at_most) == expected
+def test_any_batch_is_split(rows, max_rows, expected):
+    assert train.split_batch(rows, max_rows) == expected
 
 
 def test_accumulation_changes_nothing():
