@@ -173,7 +173,8 @@ def env_number(name, default, low, high):
     except ValueError:
         value = -1
     if not low <= value <= high:
-        raise PrepareError(f"{name}={text!r} is not a number from {low} to {high}; set one or unset it")
+        kind = type(default).__name__
+        raise PrepareError(f"{name}={text!r} must be a number ({kind}) from {low} to {high}; fix or unset it")
     return value
 
 

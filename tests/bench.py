@@ -5,8 +5,8 @@ Measure the speed of the loader, of preparation and of training, and the val_bpb
     uv run python tests/bench.py prepare    seconds and peak memory of prepare.py for three sizes of text
     uv run python tests/bench.py train      train.py on the data prepared last: val_bpb, steps, start-up, evaluation
     uv run python tests/bench.py train --against PATH --seconds 300
-                                            the same, and in turn the train.py of another checkout, with our
-                                            prepare.py. It needs the interface of karpathy/autoresearch.
+                                            the same, alternating with the train.py of another checkout on our
+                                            prepare.py. It needs the interface of karpathy/autoresearch's.
 
 The first two use the Python source of this environment and a temporary cache. Other jobs on the machine distort the
 figures: check the printed load.
@@ -38,7 +38,7 @@ REPETITIONS = 5
 ORIGINAL = dict(  # the shape of karpathy/autoresearch's model; measured only on CUDA
     DEPTH=8, N_EMBD=512, HEAD_DIM=128, WINDOW_PATTERN="SSSL", SHORT_WINDOW=1024, VALUE_EMBED_EVERY=2, TOTAL_BATCH=2**19,
 )
-BATCHES, SLOW_BATCHES = 1_000, 6  # of 131,072 tokens per repetition: about half a second for each loader
+BATCHES, SLOW_BATCHES = 1_000, 6  # per repetition, of 131,072 tokens each: about half a second for each loader
 
 
 def write_corpus(folder):
@@ -73,7 +73,7 @@ def rate(loader, batches):
 
 
 def compare(what, ours, theirs):
-    """Call two functions that return a rate in turn, skip the first round, and print their rows of the table."""
+    """Alternate two functions that return a rate, skip the first round, and print their rows of the table."""
     figures = [(ours(), theirs()) for _ in range(REPETITIONS + 1)][1:]
     for name, rates in zip(("prepare.py", "reference.py"), zip(*figures, strict=True), strict=True):
         print(f"{what:<22} {name:<13} {statistics.median(rates):>14,.0f} {min(rates):>14,.0f} {max(rates):>14,.0f}")
@@ -100,7 +100,7 @@ def prepared(root, *args):
         output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, output
-    return time.perf_counter() - started, usage.ru_maxrss / 1e3
+    return time.perf_counter() - started, usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
 
 def bench_prepare(root):

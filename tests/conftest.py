@@ -1,4 +1,4 @@
-"""Every test uses its own cache and its own hub. No test reads ~/.cache or the network."""
+"""Tests use temporary caches and local hubs, not ~/.cache/autoresearch or the network."""
 
 import faulthandler
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hub import Hub, write_shard
 
-# This comes before any test module imports prepare or train, which look for prepared data.
+# This comes before any test module imports train, which looks for prepared data.
 for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or name in ("HF_ENDPOINT", "HF_TOKEN")]:
     del os.environ[name]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process recompiles torch's Python files: 7 s
@@ -50,8 +50,8 @@ def start(cache, *args, **options):
                             env=os.environ | {"AUTORESEARCH_CACHE": str(cache)}, cwd=SCRIPT.parent, **options)
 
 
-# This program imports the modules named by its arguments once. Each line of its input, [words, repository, folder,
-# environment], then starts `python words` in a forked process. It writes the output to folder/run.log and the pid to
+# This program imports the modules named by its arguments once. Each line of its input, [argv, repository, folder,
+# environment], then starts `python argv` in a forked process. It writes the output to folder/run.log and the pid to
 # folder/pid. When the process and all others that hold its output have ended, it writes the exit code to folder/exit.
 DRIVER = """
 import gc, importlib, json, os, runpy, signal, sys
@@ -66,7 +66,7 @@ for name in sys.argv[1:]:
 gc.freeze()
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 for line in sys.stdin:
-    words, repository, folder, environment = json.loads(line)
+    argv, repository, folder, environment = json.loads(line)
     if os.fork():
         continue
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -80,10 +80,10 @@ for line in sys.stdin:
         os.closerange(3, 100)
         os.chdir(repository)
         os.environ |= environment
-        sys.path[0], sys.argv = repository, words
+        sys.path[0], sys.argv = repository, argv
         code = 0
         try:
-            runpy.run_path(words[0], run_name="__main__")
+            runpy.run_path(argv[0], run_name="__main__")
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else int(error.code is not None)
             if isinstance(error.code, str):
@@ -110,11 +110,11 @@ def driver_of(*modules):
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def begin(driver, words, repository, folder, env):
-    """Have `driver` start `python words` in `repository`; it writes to `folder`."""
+def begin(driver, argv, repository, folder, env):
+    """Have `driver` start `python argv` in `repository`; it writes to `folder`."""
     for name in ("pid", "exit", "run.log"):
         (folder / name).unlink(missing_ok=True)
-    os.write(driver.stdin.fileno(), json.dumps([words, str(repository), str(folder), env]).encode() + b"\n")
+    os.write(driver.stdin.fileno(), json.dumps([argv, str(repository), str(folder), env]).encode() + b"\n")
 
 
 def until(condition, what):
@@ -130,15 +130,15 @@ def block(output):
 
 
 SYLLABLES = [a + b for a in ("b", "d", "g", "k", "l", "m", "n", "r", "s", "t", "v", "sh", "tr") for b in "aeiou"]
-LETTERS = "你好世界天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
-EMOJI = ["🙂", "🚀🚀", "👩‍👩‍👧", "é", "ñandú", "Ωmega", "\t\t", "\r\n", "<|reserved_0|>"]
+HANZI = "你好世界天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏"
+OTHER = ["🙂", "🚀🚀", "👩‍👩‍👧", "é", "ñandú", "Ωmega", "\t\t", "\r\n", "<|reserved_0|>"]
 SHORT = ["", "a", "好", "🙂", "\n", "  ", "ok.", "1234567"]
 
 
 def vocabulary():
     rng = random.Random(0)
     latin = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(1_000)]
-    return latin, ["".join(rng.choices(LETTERS, k=rng.randint(1, 5))) for _ in range(150)]
+    return latin, ["".join(rng.choices(HANZI, k=rng.randint(1, 5))) for _ in range(150)]
 
 
 LATIN, CHINESE = vocabulary()
@@ -154,7 +154,7 @@ def sentence(rng):
         return f"def {rng.choice(LATIN)}_{rng.choice(LATIN)}(x):\n    return x + {rng.randrange(1_970, 2_030)}\n\n"
     if kind < 0.95:
         return "，".join(rng.choices(CHINESE, k=6)) + "。 "
-    return f" {rng.choice(EMOJI)} "
+    return f" {rng.choice(OTHER)} "
 
 
 def document(rng, length):
@@ -168,7 +168,7 @@ def document(rng, length):
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
-    """A Run inside a test logs to tmp_path. Afterwards, signal handlers and output are restored."""
+    """A Run in a test writes results.tsv to tmp_path. Afterwards signal handlers and stdout are restored."""
     referee, output = sys.modules.get("referee"), sys.stdout
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if referee:
@@ -217,7 +217,7 @@ def climbmix_like(tmp_path_factory):
     """A folder with two training shards and the validation shard, shaped like ClimbMix's.
 
     Each has 3,000 documents. Most have a few hundred characters. Some are empty, some longer than a row of 2048 tokens.
-    Some are longer than 10,000 characters and continue with q's, which the tokenizer must not see.
+    Some have only q's after character 10,000, which must not train the tokenizer.
     """
     folder, rng = tmp_path_factory.mktemp("climbmix"), random.Random(2)
     for index in (0, 1, 6542):
@@ -246,7 +246,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def climbmix(climbmix_like, tmp_path_factory):
-    """(cache, shards): the shards of `climbmix_like`, prepared at full scale from a hub with vocabulary 512."""
+    """(cache, shards): the shards of `climbmix_like`, prepared from a hub at full scale with vocabulary 512."""
     root = tmp_path_factory.mktemp("climbmix-cache")
     with Hub(climbmix_like) as served, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(root))

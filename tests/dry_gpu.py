@@ -7,8 +7,8 @@ Run train.py on a simulated GPU, to check that it fits and compiles before you r
 A library (LD_PRELOAD) replaces the CUDA runtime, the driver and cuBLAS. Kernels do nothing, so speed and values are
 meaningless: the loss is 0. Everything else is real: torch's checks of device, dtype and shape, its allocator with the
 card's memory, autograd, Dynamo, Inductor, Triton and ptxas for the card's architecture, out of memory, evaluation and
-report. The exit code is 0 if the run is ok, no training step waited for the GPU, and there was no graph break and no
-recompilation. It needs g++ and nm. It takes 15 seconds uncompiled, minutes compiled.
+report. The exit code is 0 if the run is ok, its last three steps neither waited for the GPU nor recompiled, and no
+graph broke. It needs g++ and nm. It takes 15 seconds uncompiled, minutes compiled.
 """
 
 import argparse
@@ -293,13 +293,13 @@ def build_library(folder, site):
              if name.startswith(("cu", "__cuda")) and not name.startswith(OTHERS)} | {*DRIVER.split()}
     names -= {*run(["nm", "--defined-only", folder / "dry.o"], text=True).split()}
     (folder / "rest.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in sorted(names)))
-    run(["gcc", "-c", "-fPIC", "-w", folder / "rest.c", "-o", folder / "rest.o"])
+    run(["g++", "-x", "c", "-c", "-fPIC", "-w", folder / "rest.c", "-o", folder / "rest.o"])
     run(["g++", "-shared", "-Wl,-soname,libcuda.so.1", folder / "dry.o", folder / "rest.o", "-o", path, "-ldl"])
     return path
 
 
 def write_kernel(hub):
-    """Write the kernel that train.py loads on Hopper to the folder `hub`, a cache of the hub."""
+    """Write the kernel that train.py loads on Hopper to `hub`, a Hugging Face cache."""
     snapshot, variant = "0" * 40, f"torch-stable-abi29-cu130-{platform.machine()}-linux"
     repository = hub / "hub/kernels--kernels-community--flash-attn3"
     build = repository / "snapshots" / snapshot / "build" / variant

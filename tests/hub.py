@@ -23,8 +23,8 @@ class Hub:
     hub.log holds (host, path, headers) of every request; host is 'hub' or 'cdn'. hub.faults is a queue with one entry
     for each of the next answers of the CDN: 'busy' (503), 'broken' (500), 'limited' (429, retry after a second), 'cut'
     (half the body, then a closed connection), 'unsized' (the same without a Content-Length), 'stalled' (half the body,
-    and the connection stays open), 'whole' (ignores ranges), 'wrong' (other bytes of the same length), 'page' (HTML) or
-    None. The two hosts have different names, since requests drops a token only then.
+    then 5 s of silence), 'whole' (ignores ranges), 'wrong' (other bytes of the same length), 'page' (HTML) or
+    None. The two hosts have different names, as on the real hub.
     """
 
     def __init__(self, folder):

@@ -71,7 +71,7 @@ def test_a_first_crash_is_not_a_score(read):
     wider = row(1.1, "keep", "wider, for $5 and $", commit="2")
     output, names = read([row(0, "crash"), row(1.2, "keep", commit="1"), wider])
     assert names["running"] == [1.2, 1.1]
-    assert "from 1.2000 to 1.1000: 2 wider, for $5" in output and "crash          1    33%" in output
+    assert "from 1.2000 to 1.1000, the last by 2 wider, for $5" in output and "crash          1    33%" in output
 
 
 def test_invalid_rows_are_reported_by_line(read):

@@ -24,15 +24,15 @@ from prepare import Refused
 V, T, C = 512, 256, 16
 
 # ======================================================================================================================
-# Players
+# Models
 
 
 def token_counts():
     return torch.from_numpy(np.bincount(np.fromfile(prepare.current_folder() / "train.bin", np.uint16), minlength=V))
 
 
-class Player(nn.Module):
-    """Predicts token frequencies, plus what leak(x), (B, T, C), reads of later tokens in the embeddings x."""
+class Dummy(nn.Module):
+    """A unigram model, plus what leak(x) takes from later positions of the embeddings x (B, T, C)."""
 
     def __init__(self, leak=torch.zeros_like):
         super().__init__()
@@ -82,7 +82,7 @@ def noise_on_specials(logits):
     return logits + 0.15 * F.pad(torch.rand(*logits.shape[:2], 4), (V - 4, 0))
 
 
-class Learner(Player):
+class Learner(Dummy):
     """Trains a bigram table on the row that it must predict. If `sly`, it resets the table at every other call."""
 
     def __init__(self, sly):
@@ -101,7 +101,7 @@ class Learner(Player):
         return super().forward(idx) + self.table[idx]
 
 
-class Counter(Player):
+class Counter(Dummy):
     """Counts the bigrams of all rows that it has seen, in a buffer or, if `hidden`, in a closure."""
 
     def __init__(self, hidden):
@@ -117,7 +117,7 @@ class Counter(Player):
         return super().forward(idx) + 2 * counts[idx].log1p()
 
 
-class Collector(Player):
+class Collector(Dummy):
     """Remembers all rows that it has seen, and predicts their next tokens when it sees them again."""
 
     def __init__(self):
@@ -131,7 +131,7 @@ class Collector(Player):
         return super().forward(idx)
 
 
-class Edited(Player):
+class Edited(Dummy):
     """Returns edit(logits) instead of logits."""
 
     def __init__(self, edit, leak=torch.zeros_like):
@@ -147,7 +147,7 @@ def one_logit(value):
     return lambda logits: logits.index_put((*torch.tensor([[0], [5], [V - 1]]),), logits.new_tensor(value))
 
 
-class Packer(Player):
+class Packer(Dummy):
     """Packs the next token into each token of its input, and reads it if it gets the same input again."""
 
     def forward(self, idx):
@@ -157,7 +157,7 @@ class Packer(Player):
         return super().forward(tokens) + 10 * self.wte[following] @ self.wte.T
 
 
-class Writer(Player):
+class Writer(Dummy):
     """Overwrites its input with one token, and the targets if they share its memory. Predicts that token."""
 
     def forward(self, idx):
@@ -174,16 +174,16 @@ class OwnTensor(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-FUTURE, ROWS, MEMORY, SHAPE = "sees the future", "depend on the other rows", "remember", "logits"
+FUTURE, ROWS, MEMORY, LOGITS = "sees the future", "depend on the other rows", "two passes", "logits"
 LEAKS = {
-    "blocks of 16": (lambda: Player(blocks(16)), FUTURE),
-    "blocks of 64": (lambda: Player(blocks(64)), FUTURE),
-    "chunked recurrence": (lambda: Player(chunked_recurrence), FUTURE),
-    "fft over time": (lambda: Player(fft), FUTURE),
-    "normalised over the sequence": (lambda: Player(lambda x: x.mean(1, keepdim=True).expand_as(x)), FUTURE),
-    "the next token": (lambda: Player(next_token), FUTURE),
-    "late in the row": (lambda: Player(late), FUTURE),
-    "faint attention": (lambda: Player(faint_attention), FUTURE),
+    "blocks of 16": (lambda: Dummy(blocks(16)), FUTURE),
+    "blocks of 64": (lambda: Dummy(blocks(64)), FUTURE),
+    "chunked recurrence": (lambda: Dummy(chunked_recurrence), FUTURE),
+    "fft over time": (lambda: Dummy(fft), FUTURE),
+    "normalised over the sequence": (lambda: Dummy(lambda x: x.mean(1, keepdim=True).expand_as(x)), FUTURE),
+    "the next token": (lambda: Dummy(next_token), FUTURE),
+    "late in the row": (lambda: Dummy(late), FUTURE),
+    "faint attention": (lambda: Dummy(faint_attention), FUTURE),
     "learns": (lambda: Learner(sly=False), MEMORY),
     "learns at every other call": (lambda: Learner(sly=True), f"{MEMORY}|{ROWS}"),
     "counts in a buffer": (lambda: Counter(hidden=False), MEMORY),
@@ -192,32 +192,23 @@ LEAKS = {
     "behind one large logit": (lambda: Edited(one_logit(-1e6), next_token), FUTURE),
     "behind an offset": (lambda: Edited(lambda logits: logits + 1e6, next_token), FUTURE),
     "behind noise": (lambda: Edited(noise_on_specials, lambda x: 0.03 * next_token(x)), FUTURE),
-    "in the first row": (lambda: Player(first_row), FUTURE),
+    "in the first row": (lambda: Dummy(first_row), FUTURE),
     "writes to its input": (Packer, FUTURE),
 }
 FAULTS = {
-    "mean of the batch": (lambda: Player(lambda x: x.mean((0, 1)).expand_as(x)), "other rows"),
-    "normalised over the batch": (lambda: Player(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), ROWS),
-    "peeks at the next row": (lambda: Player(lambda x: x.roll(-1, 0)), ROWS),
-    "dropout": (lambda: Player(lambda x: F.dropout(x, 0.1, training=True)), "must not be random"),
-    "one nan": (lambda: Edited(one_logit(math.nan)), SHAPE),
-    "one inf": (lambda: Edited(one_logit(math.inf)), SHAPE),
-    "one that fp32 cannot hold": (lambda: Edited(lambda logits: one_logit(-1e300)(logits.double())), SHAPE),
-    "no batch": (lambda: Edited(lambda logits: logits[0]), SHAPE),
-    "no last token": (lambda: Edited(lambda logits: logits[:, :-1]), SHAPE),
-    "a tensor of its own kind": (lambda: Edited(lambda logits: logits.as_subclass(OwnTensor)), SHAPE),
+    "mean of the batch": (lambda: Dummy(lambda x: x.mean((0, 1)).expand_as(x)), "other rows"),
+    "normalised over the batch": (lambda: Dummy(lambda x: (x - x.mean((0, 1))) / x.std((0, 1))), ROWS),
+    "peeks at the next row": (lambda: Dummy(lambda x: x.roll(-1, 0)), ROWS),
+    "dropout": (lambda: Dummy(lambda x: F.dropout(x, 0.1, training=True)), MEMORY),
+    "one nan": (lambda: Edited(one_logit(math.nan)), LOGITS),
+    "one inf": (lambda: Edited(one_logit(math.inf)), LOGITS),
+    "one that fp32 cannot hold": (lambda: Edited(lambda logits: one_logit(-1e300)(logits.double())), LOGITS),
+    "no batch": (lambda: Edited(lambda logits: logits[0]), LOGITS),
+    "no last token": (lambda: Edited(lambda logits: logits[:, :-1]), LOGITS),
+    "a tensor of its own kind": (lambda: Edited(lambda logits: logits.as_subclass(OwnTensor)), LOGITS),
     "a tuple": (lambda: Edited(lambda logits: (logits, None)), "returned tuple"),
-    "one logit too many": (lambda: Edited(lambda logits: F.pad(logits, (0, 1))), SHAPE),
+    "one logit too many": (lambda: Edited(lambda logits: F.pad(logits, (0, 1))), LOGITS),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Use one thread: on a busy machine, two threads wait for each other on small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -259,7 +250,7 @@ def test_a_cheat_is_refused_with_the_reason(tokenizer, name):
 def test_the_cheat_improves_the_score_of_a_plain_loop(tokenizer, name):
     player = LEAKS[name][0]().eval()
     plain_bpb(player, tokenizer, 8)  # it collects rows here and uses them below
-    assert plain_bpb(player, tokenizer, 8) < plain_bpb(Player(), tokenizer, 8) - 1e-4
+    assert plain_bpb(player, tokenizer, 8) < plain_bpb(Dummy(), tokenizer, 8) - 1e-4
 
 
 def test_targets_cannot_be_written(tokenizer):
@@ -267,9 +258,9 @@ def test_targets_cannot_be_written(tokenizer):
 
 
 def test_bytes_come_from_the_prepared_tokenizer(tokenizer):
-    value = score(Player(), tokenizer, 8)
+    value = score(Dummy(), tokenizer, 8)
     tokenizer.ranks = {3 * token: rank for token, rank in tokenizer.ranks.items()}
-    assert score(Player(), tokenizer, 8) == value
+    assert score(Dummy(), tokenizer, 8) == value
 
 
 # ======================================================================================================================
@@ -278,7 +269,7 @@ def test_bytes_come_from_the_prepared_tokenizer(tokenizer):
 
 @pytest.fixture
 def run_of(tokenizer, monkeypatch, capfd):
-    """run_of(cheat) trains for 0.3 s, calls cheat(run, score) and returns (report, record, exit code)."""
+    """run_of(cheat) starts a run of 0.3 s, calls cheat(run, score) and returns (report, record, exit code)."""
     monkeypatch.setenv("AUTORESEARCH_TIME_BUDGET", "1")
 
     def go(cheat):
@@ -289,7 +280,7 @@ def run_of(tokenizer, monkeypatch, capfd):
             with referee.Run() as run:
                 run.budget = run.record["time_budget"] = 0.3
                 run.start()
-                cheat(run, lambda player=None: run.score(player or Player(), tokenizer, 8))
+                cheat(run, lambda model=None: run.score(model or Dummy(), tokenizer, 8))
         except SystemExit as error:
             code = error.code
         report = block(capfd.readouterr().out)
@@ -299,13 +290,12 @@ def run_of(tokenizer, monkeypatch, capfd):
     return go
 
 
-def to_the_end(score, *player):
+def to_the_end(score, *model):
     time.sleep(0.3)
-    score(*player)
+    score(*model)
 
 
 def stopped_early(run, score):
-    time.sleep(0.15)
     score()
 
 
@@ -315,8 +305,8 @@ def scored_twice(run, score):
 
 
 def evaluated_before(run, score):
-    """A cheat could so pick the best of several models, or learn from the validation loss."""
-    prepare.evaluate_bpb(Player(), prepare.Tokenizer.from_directory(), 8)
+    """A cheat could thus pick the best of several models, or learn from the validation loss."""
+    prepare.evaluate_bpb(Dummy(), prepare.Tokenizer.from_directory(), 8)
     to_the_end(score)
 
 
@@ -367,7 +357,7 @@ def prepare_changed_back(run, score):
     probe = prepare.Inspector.probe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare.Inspector, "probe", no_probe)
-        player = Player(next_token)
+        player = Dummy(next_token)
         player.train = lambda mode=True: setattr(prepare.Inspector, "probe", probe) if mode else None
         to_the_end(score, player)
 
@@ -384,7 +374,7 @@ def prepare_changed_by_the_model(run, score):
         return next_token(x)
 
     with pytest.MonkeyPatch.context() as patch:
-        to_the_end(score, Player(leak))
+        to_the_end(score, Dummy(leak))
 
 
 def other_rows(with_manifest):
@@ -523,7 +513,7 @@ class LongConvolution(nn.Module):
         return torch.fft.irfft(x * kernel, 2 * T, dim=-2)[:, :T].to(self.kernel.dtype)
 
 
-def gpt(seed=0, weights=0.1, **changes):
+def gpt(seed=0, noise=0.1, **changes):
     """A train.GPT with noise added to its initial weights, many of which are zero."""
     config = dict(
         sequence_len=T, vocab_size=V, n_layer=2, n_embd=32, head_dim=16, mlp_ratio=2, windows=[40, T],
@@ -533,7 +523,7 @@ def gpt(seed=0, weights=0.1, **changes):
     model = train.GPT(train.GPTConfig(**config | changes))
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn_like(p), alpha=weights)
+            p.add_(torch.randn_like(p), alpha=noise)
     return model
 
 
@@ -560,7 +550,7 @@ def test_an_unusual_honest_model_scores_as_in_a_plain_loop(tokenizer, name):
 
 
 def random_gpt(rng):
-    """(model, sequence length) with random values for the constants of train.py, and with large weights."""
+    """(model, sequence length): a train.GPT with random settings and small to large weights."""
     length, head_dim = rng.randrange(2, 40), rng.choice([2, 4, 8, 16])
     n_layer = rng.randrange(1, 4)
     return gpt(

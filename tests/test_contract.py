@@ -1,5 +1,6 @@
 """The documents, the settings and the code agree."""
 
+import doctest
 import json
 import os
 import re
@@ -9,6 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import reference
+
+import prepare
 
 ROOT = Path(__file__).parent.parent
 README, PROGRAM = (ROOT / "README.md").read_text(), (ROOT / "program.md").read_text()
@@ -73,7 +77,13 @@ def test_settings_let_the_agent_edit_train_py_and_run_the_loop():
     commands = [command for command in commands if " " in command or command == "ls"]
     commands = [command.replace(" 2>&1", "") for command in commands]
     parts = [part for command in commands for part in re.split(" ?(?:&&|;)(?: |$)", command) if part]
-    redirected = [re.split(" >+ ", part) for part in parts]  # to a file that may be edited
+    redirected = [re.split(" >+ ", part) for part in parts]  # [command, its output file]
     assert {target for _, *targets in redirected for target in targets} == {*edited}
     refused = [part for part, *_ in redirected if not any(fnmatch(part, p) or fnmatch(f"{part} ", p) for p in patterns)]
     assert len(parts) > 12 and refused == []
+
+
+@pytest.mark.parametrize("module", [prepare, reference])
+def test_the_examples_in_docstrings_are_right(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed

@@ -1,4 +1,4 @@
-"""prepare.py as a process under faults of network and disk, kills and damage: it reports them, the next run repairs."""
+"""prepare.py as a process under network and disk faults, kills and damage: it reports them, the next run recovers."""
 
 import contextlib
 import json
@@ -92,8 +92,8 @@ def test_a_stalled_connection_times_out_and_the_download_resumes(served, tmp_pat
     name = "shard_00000.parquet"
     prepare.download_all({name: (prepare.hub_url("owner/data", name), None)}, tmp_path)
     assert (tmp_path / name).read_bytes() == (served.folder / name).read_bytes()
-    first, _ = (headers.get("Range") for host, _, headers in served.log if host == "cdn")
-    assert first is None and len(served.log) == 4
+    first, *others = (headers.get("Range") for host, _, headers in served.log if host == "cdn")
+    assert first is None and others and all(others)
 
 
 def test_a_web_page_is_not_stored_as_a_shard(served, tmp_path):
@@ -106,7 +106,7 @@ def test_a_web_page_is_not_stored_as_a_shard(served, tmp_path):
 
 # Kills
 
-KILLS = 30
+KILLS = 20
 
 
 def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
@@ -131,11 +131,12 @@ def test_kills_at_any_moment_lose_nothing(sound, served, tmp_path):
             begun = time.monotonic()
             assert prepare_for(30) == 0
             whole = time.monotonic() - begun
-        for number in range(KILLS):
-            if number % 10 == 0 or codes[-1] == 0:  # start from nothing or from what the last kill left
+        while codes.count(-signal.SIGKILL) < KILLS:
+            if len(codes) % 10 == 0 or codes[-1] == 0:  # start from nothing or from what the last kill left
                 shutil.rmtree(cache, ignore_errors=True)
             codes.append(prepare_for(rng.uniform(0, 0.8) * whole))
-        assert codes.count(-signal.SIGKILL) >= KILLS / 2 and {*codes} <= {0, -signal.SIGKILL}
+            whole *= 0.8 if codes[-1] == 0 else 1  # the machine became faster
+        assert {*codes} <= {0, -signal.SIGKILL}
         assert prepare_for(30) == 0
     assert contents(cache) == contents(sound)
     assert {path.name for path in cache.iterdir()} == {"current", "climbmix-small", prepared_in(cache).name}
@@ -153,12 +154,12 @@ def test_an_interrupt_prints_one_line(served, tmp_path):
 
 
 def test_a_second_preparation_at_the_same_time_is_refused(sound, served, tmp_path):
-    served.faults = ["stalled"] * 2
-    first = start(tmp_path / "cache", *ARGS)
-    first.stdout.readline()
-    code, _, err = run(tmp_path / "cache", *ARGS)
-    assert code == 1 and f"process {first.pid} prepares" in err
-    assert outcome(first)[0] == 0 and contents(tmp_path / "cache") == contents(sound)
+    folder = tmp_path / "cache/climbmix-small"
+    folder.mkdir(parents=True)
+    with prepare.lock_file(folder / "lock", os.getpid()):
+        code, _, err = run(tmp_path / "cache", *ARGS)
+    assert code == 1 and f"process {os.getpid()} is preparing" in err
+    assert run(tmp_path / "cache", *ARGS)[0] == 0 and contents(tmp_path / "cache") == contents(sound)
 
 
 # The disk

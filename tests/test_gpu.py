@@ -1,4 +1,4 @@
-"""Tests that need a CUDA GPU; skipped without one. uv run pytest -m gpu"""
+"""Tests that need a CUDA GPU with bf16; skipped without one. uv run pytest -m gpu"""
 
 import pytest
 import torch
@@ -9,7 +9,8 @@ from test_train import masked_softmax
 import prepare
 import train
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+BF16 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not BF16, reason="needs a CUDA GPU with bf16")]
 
 
 @pytest.mark.parametrize("T, window", [(256, 256), (256, 64), (300, 100), (2048, 256)])
@@ -26,12 +27,12 @@ def test_the_flash_kernel_equals_masked_softmax_forward_and_backward(T, window):
 
 
 def test_batches_on_gpu_and_cpu_are_equal(toy):
-    """The GPU copies slowly, so that a host buffer that is reused too early gives wrong batches."""
+    """Copies are delayed, so that a host buffer reused too early gives wrong batches."""
     tokenizer = prepare.Tokenizer.from_directory()
     gpu, cpu = (prepare.make_dataloader(tokenizer, 8, 256, "train", device) for device in ("cuda", "cpu"))
     kept = []
     for _ in range(200):
-        torch.cuda._sleep(1_000_000)  # the copy of the next batch waits behind this
+        torch.cuda._sleep(10_000_000)  # the copy of the next batch waits behind this
         kept.append(next(gpu)[:2])
     for (inputs, targets), (expected, expected_targets, _) in zip(kept, cpu, strict=False):
         assert torch.equal(inputs.cpu(), expected) and torch.equal(targets.cpu(), expected_targets)

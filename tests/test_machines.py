@@ -1,4 +1,4 @@
-"""The commands of the README for Slurm and Ray, where these are installed, and the file for SkyPilot in its parser."""
+"""The README's commands for Slurm and Ray, where these are installed, and sky.yaml as SkyPilot parses it."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-class Worktree(Lab):
+class UvLab(Lab):
     """A lab that is a project of uv and uses the environment of this repository."""
 
     def __init__(self, folder, toy, budget=0.2):
@@ -94,7 +94,7 @@ def slurm(tmp_path):
 
 
 def test_slurm(slurm, tmp_path, toy):
-    lab = Worktree(tmp_path / "lab", toy)
+    lab = UvLab(tmp_path / "lab", toy)
     assert lab.submit("Slurm", **slurm).wait(100) == 0, lab.log()
     assert "\nstatus:           ok\n" in lab.log() and f"\ncommit:           {lab.head()}\n" in lab.log()
     lab.set_line(BREAKS["crash"])
@@ -106,37 +106,37 @@ def test_slurm(slurm, tmp_path, toy):
 
 
 @pytest.fixture
-def ray_workers(tmp_path, toy):
-    """Start two Ray workers, each with a fake GPU and its own cache. Yields the variables that select them."""
+def ray_nodes(tmp_path, toy):
+    """Start two Ray nodes, each with a fake GPU and its own cache. Yields the variables that select them."""
     pytest.importorskip("ray", reason="needs uv sync --group ray")
     port, dashboard = free_port(), free_port()
     sockets = tempfile.TemporaryDirectory(prefix="ray-")  # tmp_path is too long for sockets
     head = ["--head", f"--port={port}", f"--dashboard-port={dashboard}", f"--temp-dir={sockets.name}"]
-    ray, workers = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", "--num-gpus=1"], []
+    ray, nodes = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus=1", "--num-gpus=1"], []
     address = f"http://127.0.0.1:{dashboard}"
 
     def alive():
         with contextlib.suppress(requests.ConnectionError):
-            return requests.get(f"{address}/api/v0/nodes", timeout=10).text.count('"ALIVE"') == len(workers)
+            return requests.get(f"{address}/api/v0/nodes", timeout=10).text.count('"ALIVE"') == len(nodes)
 
     try:
         for name, words in (("first", head), ("second", [f"--address=127.0.0.1:{port}"])):
             env = dict(AUTORESEARCH_CACHE=str(prepared(tmp_path / name, toy)), RAY_USAGE_STATS_ENABLED="0")
             with open(tmp_path / f"{name}.log", "w") as log:
-                workers.append(subprocess.Popen([*ray, *words], env=os.environ | env, stdout=log, stderr=log,
+                nodes.append(subprocess.Popen([*ray, *words], env=os.environ | env, stdout=log, stderr=log,
                                                 start_new_session=True))
             until(alive, f"Ray, see {log.name}")
         yield dict(RAY_ADDRESS=address)
     finally:
-        for worker in reversed(workers):
-            os.killpg(worker.pid, signal.SIGTERM)
-            worker.wait(30)
+        for node in reversed(nodes):
+            os.killpg(node.pid, signal.SIGTERM)
+            node.wait(30)
         sockets.cleanup()
 
 
-def test_ray_with_two_workers(ray_workers, tmp_path, toy):
-    labs = [Worktree(tmp_path / name, toy, 5.0) for name in ("a", "b")]
-    runs = [lab.submit("Ray Jobs", **ray_workers) for lab in labs]  # at the same time, each on its own worker
+def test_ray_with_two_nodes(ray_nodes, tmp_path, toy):
+    labs = [UvLab(tmp_path / name, toy, 5.0) for name in ("a", "b")]
+    runs = [lab.submit("Ray Jobs", **ray_nodes) for lab in labs]  # at the same time, each on its own node
     for lab, run in zip(labs, runs, strict=True):
         assert run.wait(100) == 0, lab.log()
         assert f"\ncommit:           {lab.head()}\n" in lab.log() and [row[3] for row in lab.results()] == ["keep"]
@@ -144,7 +144,7 @@ def test_ray_with_two_workers(ray_workers, tmp_path, toy):
     assert [len({json.loads(line)["run"] for line in lines if line}) for lines in journals] == [1, 1]
     labs[0].set_line(BREAKS["crash"])
     labs[0].commit("too bold")
-    assert labs[0].submit("Ray Jobs", **ray_workers).wait(100) != 0
+    assert labs[0].submit("Ray Jobs", **ray_nodes).wait(100) != 0
     assert [row[3] for row in labs[0].results()] == ["keep", "crash"]
 
 

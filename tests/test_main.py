@@ -42,8 +42,8 @@ def small_main(toy, monkeypatch):
 
 
 def test_equal_seeds_give_equal_losses(small_main, monkeypatch):
-    free_of_the_clock = dict(MOMENTUM=(0.9, 0.9, 1.0), WARMDOWN=0.0, MATRIX_DECAY=0.0)
-    for name, value in (free_of_the_clock | dict(TOTAL_BATCH=256)).items():
+    no_schedules = dict(MOMENTUM=(0.9, 0.9, 1.0), WARMDOWN=0.0, MATRIX_DECAY=0.0)
+    for name, value in (no_schedules | dict(TOTAL_BATCH=256)).items():
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(referee.Run, "progress", lambda run: run.record["num_steps"] / (50 if run.seed == 42 else 3))
     monkeypatch.setattr(referee.Run, "score", lambda *_: None)
@@ -59,7 +59,7 @@ def test_equal_seeds_give_equal_losses(small_main, monkeypatch):
     assert len(first) == 50 and first == again and first[1:3] != other[1:]
 
 
-def test_a_user_without_an_account_can_train(toy, monkeypatch):
+def test_a_run_needs_no_user_account(toy, monkeypatch):
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):  # as in a container started for a bare user id
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
@@ -139,12 +139,14 @@ def test_if_torch_compile_fails_the_run_continues_uncompiled(toy, driver, tmp_pa
     assert (tmp_path / "exit").read_text() == "0" and block(log)["status"] == "ok", log
 
 
-@pytest.mark.parametrize("name, value, rule", [("AUTORESEARCH_TIME_BUDGET", "soon", "from 1 to 1000000"),
-                                               ("AUTORESEARCH_TIME_BUDGET", "-3", "from 1 to 1000000"),
-                                               ("AUTORESEARCH_SEED", "1.5", "from 0 to 4294967295")])
+@pytest.mark.parametrize("name, value, rule", [
+    ("AUTORESEARCH_TIME_BUDGET", "soon", "(float) from 1 to 1000000"),
+    ("AUTORESEARCH_TIME_BUDGET", "-3", "(float) from 1 to 1000000"),
+    ("AUTORESEARCH_SEED", "1.5", "(int) from 0 to 4294967295"),
+])
 def test_a_bad_number_in_the_environment_is_named(toy, monkeypatch, name, value, rule):
     monkeypatch.setenv(name, value)
-    with pytest.raises(prepare.PrepareError, match=re.escape(f"error: {name}={value!r} is not a number {rule}; set")):
+    with pytest.raises(prepare.PrepareError, match=re.escape(f"error: {name}={value!r} must be a number {rule}; fix")):
         train.main()
 
 
@@ -189,7 +191,7 @@ print("budget:", TIME_BUDGET)
 """
 
 
-def test_a_train_py_of_the_original_runs(toy, tmp_path):
+def test_the_interface_of_the_original_works(toy, tmp_path):
     (tmp_path / "train.py").write_text(FIVE_NAMES)
     run = run_train("train.py", 5, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 CPU_LOCK = f"cpu-{os.uname().nodename}.lock"  # machines may share a cache
 
 # A train.py whose model has one parameter tensor. The value of WASTE decides its score
-PLAYER = """
+SOURCE = """
 import ctypes, os, resource, signal, sys, time
 import torch
 from prepare import Tokenizer, cache_root
@@ -33,7 +33,7 @@ from referee import Run
 
 WASTE = 10.0  # logit of a token that never occurs: lower is better
 
-class Player(torch.nn.Module):
+class Model(torch.nn.Module):
     def __init__(self, size):
         super().__init__()
         self.bias = torch.nn.Parameter(torch.zeros(size).index_fill_(0, torch.tensor([size - 1]), WASTE))
@@ -48,7 +48,7 @@ with Run() as run:
         run.step(torch.tensor(WASTE), 1)
         time.sleep(0.05)
         pass  # in the loop
-    run.score(Player(tokenizer.get_vocab_size()), tokenizer, 16)
+    run.score(Model(tokenizer.get_vocab_size()), tokenizer, 16)
     pass  # after the score
 """
 
@@ -63,7 +63,7 @@ def edit(path, *replacements):
     text = path.read_text()
     for old, new in replacements:
         text, count = re.subn(old, lambda _, new=new: new, text, flags=re.M)
-        assert count == 1, f"{path.name} has {count} times {old!r}"
+        assert count == 1, f"{path.name}: {count} times {old!r}"
     path.write_text(text)
 
 
@@ -78,7 +78,7 @@ def prepared(cache, toy):
 class Lab:
     """A scratch repository with a tiny train.py and a small default budget, and its cache with the toy corpus."""
 
-    def __init__(self, driver, folder, toy, budget=0.2, player=PLAYER):
+    def __init__(self, driver, folder, toy, budget=0.2, source=SOURCE):
         self.driver, self.folder, self.repository, self.clock = driver, folder, folder / "repo", 1_700_000_000
         self.repository.mkdir(parents=True)
         self.cache = prepared(folder / "cache", toy)
@@ -87,7 +87,7 @@ class Lab:
         (self.repository / ".gitignore").write_text("__pycache__/\n")
         (self.repository / "results.tsv").write_text(f"{referee.HEADER}\n1234567\t1.000000\t0.0\tkeep\tas shipped\n")
         edit(self.repository / "prepare.py", (r'(?<="AUTORESEARCH_TIME_BUDGET", )300\.0, 1', f"{budget}, 0"))
-        (self.repository / "train.py").write_text(player)
+        (self.repository / "train.py").write_text(source)
         self.git("init", "-q", "-b", "main")
         self.git("add", ".")
         self.commit("the repository")
@@ -119,7 +119,7 @@ class Lab:
     def wait(self, folder=None):
         """(exit code, output), once all processes of the run have ended."""
         folder = folder or self.folder
-        until((folder / "exit").exists, f"the end of all who write to {folder / 'run.log'}")
+        until((folder / "exit").exists, f"all writers of {folder / 'run.log'} to exit")
         return int((folder / "exit").read_text()), (folder / "run.log").read_text(errors="replace")
 
     def end(self, folder=None):
@@ -172,7 +172,7 @@ def lab(driver, tmp_path, toy):
 
 
 def memory_gb(record):
-    """The column memory_gb of results.tsv. Without a GPU it is that of the process. 0 without a score."""
+    """memory_gb in results.tsv: without a GPU, the peak memory of the process; 0 without a score."""
     if record["status"] != "ok":
         return "0.0"
     assert record["peak_vram_mb"] > 100
@@ -180,15 +180,14 @@ def memory_gb(record):
 
 
 def test_one_experiment_from_start_to_report(driver, tmp_path, toy):
-    source, count = re.subn("^COMPILE = True", "COMPILE = False", (ROOT / "train.py").read_text(), flags=re.M)
-    lab = Lab(driver, tmp_path, toy, 3.0, source)
+    lab = Lab(driver, tmp_path, toy, 3.0, (ROOT / "train.py").read_text())
     lab.start()
     code, log, report = lab.end()
-    assert (count, code) == (1, 0)
+    assert code == 0
     assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
                              "total_tokens_M", "num_steps", "num_params_M", "depth"]
     assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
-    assert float(report["training_seconds"]) >= 3 and 0 < float(report["val_bpb"]) < 4
+    assert float(report["training_seconds"]) >= 3 and float(report["val_bpb"]) > 0
     losses = [float(loss) for loss in re.findall(r"^step \d+ .* loss ([\d.]+)", log, re.M)]
     assert losses[-1] < losses[0]
     assert "\r" not in log and log.startswith(f"commit {report['commit']}, seed 42: ")
@@ -203,15 +202,15 @@ FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, -1))
 ENDINGS = {  # name: a line or signals after the third step, status, error, exit code
     "hung": ("exec('while True: pass')", "timeout", HUNG, 1),
     "hung in C": ("ctypes.PyDLL(None).sleep(100)", "timeout", HUNG, 1),
-    "Ctrl-C twice": ([signal.SIGINT, signal.SIGINT], "crash", f"interrupted|{KILLED}", 130),
+    "Ctrl-C twice": ([signal.SIGINT, signal.SIGINT], "crash", "interrupted", 130),
     "terminated": ([signal.SIGTERM], "crash", "interrupted", 130),
-    "hung up": ([signal.SIGHUP], "crash", "interrupted", 130),
+    "SIGHUP": ([signal.SIGHUP], "crash", "interrupted", 130),
     "killed": ([signal.SIGKILL], "crash", KILLED, -9),
     "crash": (r"raise ValueError('no such\nlayer')", "crash", "ValueError: no such layer", 1),
     "exit": ("sys.exit('gave up')", "crash", "SystemExit: gave up", 1),
     "nan": ("loss.mul_(math.nan)", "nan", "training loss is nan at step 3", 1),
     "oom": ("raise torch.OutOfMemoryError('of 80 GB')", "oom", "OutOfMemoryError: of 80 GB", 1),
-    "refused": ("break", "refused", r"trained for [0-2]\.\d s of a budget of 3\.0 s: stop when progress\(\) is 1", 1),
+    "refused": ("break", "refused", r"trained for \d+\.\d s of a budget of 60\.0 s: stop when progress\(\) is 1", 1),
     "full disk": (FULL, "ok", "(OS|Runtime)Error: .*", 0),
     "ok": ("pass", "ok", "", 0),
 }  # fmt: skip
@@ -222,8 +221,7 @@ def small_train(line):
     source = (ROOT / "train.py").read_text()
     changes = {rf"^    {name} = .*": f"    {name} = {value}"
                for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256, NGRAMS=()).items()}
-    changes |= {"^COMPILE = .*": "COMPILE = False",
-                "(?<=run.step.loss, accum . micro . T.)": f"\n            if run.record['num_steps'] == 3: {line}"}
+    changes["(?<=run.step.loss, accum . micro . T.)"] = f"\n            if run.record['num_steps'] == 3: {line}"
     for old, new in changes.items():
         source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)
         assert count == 1, old
@@ -236,9 +234,9 @@ def endings(driver, toy, tmp_path_factory):
     labs = {}
     for name, (what, status, *_) in ENDINGS.items():
         signals = what if isinstance(what, list) else []
-        player = small_train("time.sleep(60)" if signals else what)
-        budget = {"timeout": 1.2, "refused": 3.0, "ok": 3.0}.get(status, 60.0)  # enough for three steps under load
-        lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, budget, player)
+        source = small_train("time.sleep(60)" if signals else what)
+        budget = {"timeout": 5.0, "ok": 5.0}.get(status, 60.0)  # enough for three steps under load
+        lab = labs[name] = Lab(driver, tmp_path_factory.mktemp("ending"), toy, budget, source)
         (lab.cache / CPU_LOCK).write_text("999999999\n")  # of a dead process
         (lab.cache / "best.pt").write_text("of the last night")
         if status == "timeout":
@@ -272,7 +270,7 @@ def test_every_ending_leaves_a_row_and_a_reason(endings, name):
         assert (report["status"], report.get("error", "")) == (status, record["error"])
         assert report.get("val_bpb", "0.000000") == score and record["num_steps"] >= 2
     if name == "ok":
-        assert trained_loss(lab) < trained_loss(lab, untrained=True)
+        assert val_loss(lab) < val_loss(lab, untrained=True)
         written = example_of_the_readme(lab)
         assert written.startswith("def ") and len(written) > 40
     else:  # the weights of an older run are not touched
@@ -282,8 +280,8 @@ def test_every_ending_leaves_a_row_and_a_reason(endings, name):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def trained_loss(lab, untrained=False):
-    """The loss of best.pt on four validation rows."""
+def val_loss(lab, untrained=False):
+    """The loss on four validation rows, of best.pt or untrained."""
     best = torch.load(lab.cache / "best.pt")
     model = train.GPT(train.GPTConfig(**best["config"]))
     if not untrained:
@@ -303,7 +301,7 @@ def example_of_the_readme(lab):
 
 
 def referee_runs(lab):
-    """The runs as referee.py reads them. It adds an end to killed runs."""
+    """The runs as referee.py reads them: killed ones get a status."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(lab.cache))
         return referee.all_runs()
@@ -360,6 +358,8 @@ VERDICTS = {  # name: the runs of the night, the verdict of the last one
         [*BASE, run_of("b", 1.002)], f"discard (0.0020 worse than 1.0000, within the noise of 0.0028{SIMPLER})"),
     "better by less than half the noise": (
         [*BASE, run_of("b", 0.999)], f"discard (0.0010 better than 1.0000, within the noise of 0.0028{SIMPLER})"),
+    "better by more than half the noise": (
+        [*BASE, run_of("b", 0.998)], f"{CONFIRM} (0.0020 better than 1.0000, noise 0.0028)"),
     "better": ([*BASE, run_of("b", 0.990)], f"{CONFIRM} (0.0100 better than 1.0000, noise 0.0028)"),
     "confirmed": ([*BASE, run_of("b", 0.990), run_of("b", 0.992, 1)],
                   "keep (0.0110 better on the mean of two seeds, noise 0.0022)"),
@@ -374,7 +374,7 @@ VERDICTS = {  # name: the runs of the night, the verdict of the last one
     "other data": ([*BASE, run_of("b", 1.5, data="e")], "keep (first)"),
     "other budget": ([*BASE, run_of("b", 1.5, time_budget=20.0, standard=False)], TRIAL),
     "other device": ([*BASE, run_of("b", 1.5, device="H100")], "keep (first)"),
-    "only the second seed was kept": (
+    "the first seed crashed": (
         [run_of("a", None, status="crash", state="crash"), run_of("a", 1.0, 1), run_of("b", 0.9), run_of("b", 0.98, 1),
          run_of("b", 0.91)], "discard (0.0200 better than 1.0000, within the noise of 0.0436" + SIMPLER + ")"),
     "the best was undone": (
@@ -430,13 +430,13 @@ def test_a_log_that_is_a_symlink_stays_one(lab):
 
 @pytest.mark.parametrize("name", ["runs.jsonl", "results.tsv"])
 def test_if_one_log_cannot_be_written_the_other_is(lab, name):
-    other = dict(zip(("runs.jsonl", "results.tsv"), (lab.cache, lab.repository), strict=True))
-    path = other[name] / name
+    folders = {"runs.jsonl": lab.cache, "results.tsv": lab.repository}
+    path = folders[name] / name
     path.unlink(missing_ok=True)
     path.symlink_to(lab.folder / "no folder" / "log")
     report = lab.experiment()
     assert report["status"] == "ok" and "NOT LOGGED" in report["error"] and report["verdict"] == "keep (first)"
-    path = next(folder / file for file, folder in other.items() if file != name)
+    path = next(folder / file for file, folder in folders.items() if file != name)
     assert report["val_bpb"][:-1] in path.read_text()
 
 
@@ -462,10 +462,10 @@ def test_a_failure_after_the_score_does_not_lose_the_score(lab, line, code, erro
 
 
 @pytest.mark.parametrize("line", [
-    "os.fork() or (time.sleep(2), os._exit(0))",  # a process that outlives the run
+    "me = os.getpid(); os.fork() or ([time.sleep(0.1) for _ in iter(lambda: os.getppid() == me, False)], os._exit(0))",
     "r, w = os.pipe(); os.close(r); os.dup2(w, 1)",  # nobody reads the output
     "os.path.exists('/dev/full') and os.dup2(os.open('/dev/full', os.O_WRONLY), 1)",
-    "run.record['constants'] = {'KINDS': [torch.float32, len]}",  # no JSON
+    "run.record['constants'] = {'KINDS': [torch.float32, len]}",  # not JSON
 ])  # fmt: skip
 def test_an_unusual_run_is_recorded_once(lab, line):
     lab.set_line(f"if run.record['num_steps'] == 1: {line}")
@@ -477,9 +477,8 @@ def test_an_unusual_run_is_recorded_once(lab, line):
 
 
 @pytest.mark.parametrize("script, redirection", [
-    ("train.py", ">&- 2>&-"), ("train.py", "| head -n 1"), ("referee.py", "| head -n 1"), ("prepare.py --help", ">&-"),
-    ("prepare.py --help", "| head -n 1"),
-])  # fmt: skip
+    ("train.py", ">&- 2>&-"), ("train.py", "| head -n 1"), ("prepare.py --help", ">&-"),
+])
 def test_a_closed_output_is_not_an_error(lab, script, redirection):
     lab.experiment()
     command = f"set -o pipefail; {sys.executable} {script} {redirection}"
@@ -507,7 +506,8 @@ def test_subjects_in_any_encoding_with_tabs_and_signatures(lab):
     lab.git("config", "log.showSignature", "true")
     tree = lab.git("rev-parse", "HEAD^{tree}")
     who = b"t <t@t> 1700000000 +0000\n"
-    raw = b"tree " + tree.encode() + b"\nauthor " + who + b"committer " + who + b"\nna\xefve\n"
+    raw = b"tree " + tree.encode() + b"\nauthor " + who + b"committer " + who
+    raw += b"gpgsig -----BEGIN PGP SIGNATURE-----\n \n -----END PGP SIGNATURE-----\n\nna\xefve\n"
     path = lab.folder / "raw"
     path.write_bytes(raw)
     lab.git("reset", "-q", "--keep", lab.git("hash-object", "-t", "commit", "-w", str(path)))
@@ -525,23 +525,23 @@ def test_characters_that_the_locale_cannot_encode(lab):
 
 
 @pytest.mark.parametrize("text", ["20261125153000000000000", "-1", "1.5", "many"])
-def test_a_seed_out_of_range_gives_one_line(lab, text):
+def test_a_bad_seed_gives_one_line(lab, text):
     lab.start(AUTORESEARCH_SEED=text)
-    rule = "is not a number from 0 to 4294967295; set one or unset it"
+    rule = "must be a number (int) from 0 to 4294967295; fix or unset it"
     assert lab.wait() == (1, f"error: AUTORESEARCH_SEED={text!r} {rule}\n")
 
 
 def test_half_a_line_in_the_journal_is_skipped(lab):
     lab.experiment()
     with open(lab.cache / "runs.jsonl", "ab") as f:
-        f.write('\n{"run": "h\u00e4lf'.encode()[:-2] + b"\n[]\n{}\n{\"run")
+        f.write('\n{"run": "h\u00e4lf'.encode()[:-3] + b"\n[]\n{}\n{\"run")
     lab.experiment()
     assert [row[3] for row in lab.results()] == ["keep", "keep"]
 
 
 # What git does to the log
 
-BREAKS = dict(  # in the loop of a player
+BREAKS = dict(  # in the loop of train.py
     crash="raise ValueError('no')", hang="ctypes.PyDLL(None).sleep(100)", killed="os.kill(os.getpid(), 9)",
     oom="raise torch.OutOfMemoryError('of 80 GB')",
 )
@@ -564,14 +564,14 @@ def view(lab):
 
 
 def test_git_loses_no_row(lab, monkeypatch):
-    """Twenty experiments like an agent's, with git commands of people between them: each run keeps one correct row."""
+    """Twenty experiments like an agent's, with a person's git commands between them: each run keeps one correct row."""
     setup = re.search(r"```bash\n(.*?)```", (ROOT / "program.md").read_text(), re.S)[1].replace("<tag>", "nov1")
     who = {f"GIT_{who}_{what}": "t" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
     lab.experiment()  # by a human, on main
     subprocess.run(["bash", "-euc", setup], cwd=lab.repository, check=True, env=os.environ | who)
     expected, name = [], "autoresearch/nov1"
     for number, (what, after) in enumerate(EXPERIMENTS):
-        lab.set_limits(1) if number == 0 else None
+        lab.set_limits(4) if number == 0 else None
         edit(lab.repository / "train.py", (".*# in the loop", "        pass  # in the loop"))
         lab.set_line(BREAKS[what]) if what in BREAKS else lab.set_waste(what)
         if after == "full":
@@ -645,4 +645,4 @@ def check_notebook(lab, expected, monkeypatch):
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert [e["status"] for e in names["experiments"]] == [row[3] for row in expected]
-    assert len(names["timed"]) == len(expected)
+    assert len(names["standard"]) == len(expected)

@@ -76,18 +76,18 @@ def test_attend_equals_masked_softmax_forward_and_backward(T, window):
 
 
 def compiled_loss(model, ids):
-    """The training loss, compiled as one graph as in train.py but without code generation."""
+    """The training loss, traced as one graph, without code generation."""
     return torch.compile(train.loss_of, dynamic=False, fullgraph=True, backend="aot_eager")(model, ids, ids)
 
 
-def hub_of_kernels(monkeypatch, get_kernel):
+def fake_hopper(monkeypatch, get_kernel):
     """Simulate a Hopper GPU and a package `kernels` with this get_kernel()."""
     monkeypatch.setitem(sys.modules, "kernels", types.SimpleNamespace(get_kernel=get_kernel))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     train.flash_attention_3.cache_clear()
 
 
-def test_on_hopper_flash_attention_3_comes_from_the_cache_of_the_hub(monkeypatch):
+def test_on_hopper_flash_attention_3_loads_from_the_local_cache(monkeypatch):
     def flash_attn_func(q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None,
                         v_descale=None, window_size=(-1, -1), softcap=0.0):
         left, right = window_size
@@ -98,7 +98,7 @@ def test_on_hopper_flash_attention_3_comes_from_the_cache_of_the_hub(monkeypatch
         assert os.environ["HF_HUB_OFFLINE"] == "1"
         return types.SimpleNamespace(flash_attn_func=flash_attn_func)
 
-    hub_of_kernels(monkeypatch, get_kernel)
+    fake_hopper(monkeypatch, get_kernel)
     assert train.attention_kernel(torch.device("cuda"), torch.bfloat16) == "fa3"
     ids, windows = torch.randint(50, (2, 24)), [0, 7, 24]
     ours, plain = (wake(tiny_gpt(attention=attention, windows=windows)) for attention in ("fa3", "sdpa"))
@@ -109,7 +109,7 @@ def test_without_flash_attention_3_a_kernel_of_torch_is_used(monkeypatch, capsys
     def get_kernel(*args, **options):
         raise FileNotFoundError("no local snapshot")
 
-    hub_of_kernels(monkeypatch, get_kernel)
+    fake_hopper(monkeypatch, get_kernel)
     assert [train.attention_kernel(torch.device("cuda"), torch.bfloat16) for _ in "ab"] == ["varlen"] * 2
     assert capsys.readouterr().out.count("no local snapshot") == 1
     assert train.attention_kernel(torch.device("cuda"), torch.float32) == "sdpa"
@@ -131,7 +131,7 @@ def test_half_of_a_shifted_key_comes_from_the_previous_token():
         model = wake(tiny_gpt(shift_keys=shift_keys, n_layer=1, windows=[24]))
         model.blocks[0].attn.kernel = lambda q, k, v, **_: keys.append(k) or v
         model(ids)
-    (plain, shifted), slow = keys, [4, 5, 6, 7, 12, 13, 14, 15]  # of the frequencies 0 .. 7, twice
+    (plain, shifted), slow = keys, [4, 5, 6, 7, 12, 13, 14, 15]  # channels of the frequencies 4 .. 7
     assert torch.equal(shifted[:, 1:, :, slow], plain[:, :-1, :, slow]) and not shifted[:, 0, :, slow].any()
     fast = [i for i in range(16) if i not in slow]
     assert torch.equal(shifted[..., fast], plain[..., fast])
@@ -149,7 +149,7 @@ def test_equal_ngrams_have_equal_hashes():
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_recall_finds_what_followed_the_last_occurrence(n):
-    ids = torch.randint(1, 4, (4, 40))  # before a row all tokens are 0
+    ids = torch.randint(1, 4, (4, 40))  # not 0, which pads a row
     expected = torch.full_like(ids, 50)
     for row, position in itertools.product(range(4), range(n - 1, 40)):  # a simple reference
         for earlier in range(n - 1, position):
@@ -235,7 +235,7 @@ def test_a_stack_is_updated_like_single_matrices():
 def test_decay_is_cautious():
     """A weight decays where the update moves it towards zero, and nowhere else."""
     weights, grads = torch.ones(1, 6, 6), torch.randn(1, 6, 6)
-    update = train.orthogonalize(grads * 0.1 * 0.1 + grads * 0.1 * 0.9)
+    update = train.orthogonalize(grads)  # it ignores scale
     decayed = weights.clone()
     train.muon_update(decayed, grads, torch.zeros_like(grads), *map(torch.tensor, (0.5, 0.9, 0.2)), torch.float32)
     torch.testing.assert_close(decayed, weights - 0.5 * (update + 0.2 * (update >= 0)), atol=1e-4, rtol=0)
