@@ -86,13 +86,14 @@ def test_transient_faults_of_the_hub_change_nothing(sound, served, tmp_path, nam
     assert served.faults == [] and contents(tmp_path / "cache") == contents(sound)
 
 
-def test_a_stalled_connection_times_out_and_the_download_resumes(served, tmp_path, monkeypatch):
+def test_a_stalled_connection_times_out_and_the_download_resumes(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "TIMEOUT", (1, 1))
-    served.faults = ["stalled"]
-    name = "shard_00000.parquet"
-    prepare.download_all({name: (prepare.hub_url("owner/data", name), None)}, tmp_path)
-    assert (tmp_path / name).read_bytes() == (served.folder / name).read_bytes()
-    first, *others = (headers.get("Range") for host, _, headers in served.log if host == "cdn")
+    data = random.Random(6).randbytes(500_000)
+    (hub.folder / "shard.bin").write_bytes(data)
+    hub.faults = ["stalled"]
+    prepare.download_all({"shard.bin": (prepare.hub_url("owner/data", "shard.bin"), None)}, tmp_path / "to")
+    assert (tmp_path / "to/shard.bin").read_bytes() == data
+    first, *others = (headers.get("Range") for host, _, headers in hub.log if host == "cdn")
     assert first is None and others and all(others)
 
 
