@@ -171,6 +171,11 @@ def verdict_of(run, runs):
     return f"discard ({words})"
 
 
+def then_stop():
+    """A person ends the night with `touch stop`."""
+    return "; then stop" * (REPOSITORY / "stop").exists()
+
+
 # === 3. Run: clock, limits, lock and report ===
 
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
@@ -256,7 +261,7 @@ class Run:
         line = json.dumps(r, default=str, skipkeys=True)
         self.attempt(prepare.append_line, cache_root() / "runs.jsonl", line)
         runs = runs_of_night(r)
-        r |= dict(verdict=verdict_of(r, runs), noise=noise(runs) or None)
+        r |= dict(verdict=verdict_of(r, runs) + then_stop(), noise=noise(runs) or None)
         self.attempt(write_results, runs)
 
     def attempt(self, write, *what):
@@ -390,7 +395,7 @@ def main():
             pid = r["run"].partition("-")[0]
             line += f"; process {pid} is running, {max(0, left):.0f} s of training left"
     for r in [r for r in runs if r["status"]][-1:]:
-        print(f"last verdict: {verdict_of(r, runs)}")
+        print(f"last verdict: {verdict_of(r, runs)}{then_stop()}")
     print(f"{line}; noise {noise(runs):.6f}")
     write_results(runs)
 

@@ -341,6 +341,12 @@ def test_a_trial_is_only_in_the_journal(lab, env):
     assert (lab.repository / "results.tsv").read_text() == before
 
 
+def test_a_file_stop_is_named_after_the_verdict(lab):
+    (lab.repository / "stop").touch()
+    assert lab.experiment()["verdict"] == "keep (first); then stop" and lab.results()[0][3] == "keep"
+    assert lab.look()[-2] == "last verdict: keep (first); then stop"
+
+
 def run_of(commit, val_bpb, seed=42, state="keep", **changes):
     """A record as verdict_of reads it."""
     return dict(commit=commit, val_bpb=val_bpb, seed=seed, state=state, status="ok", time_budget=300.0, data="d",
