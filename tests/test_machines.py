@@ -121,7 +121,8 @@ def ray_nodes(tmp_path, toy):
 
     try:
         for name, words in (("first", head), ("second", [f"--address=127.0.0.1:{port}"])):
-            env = dict(AUTORESEARCH_CACHE=str(prepared(tmp_path / name, toy)), RAY_USAGE_STATS_ENABLED="0")
+            env = dict(AUTORESEARCH_CACHE=str(prepared(tmp_path / name, toy)), RAY_USAGE_STATS_ENABLED="0",
+                       CUDA_VISIBLE_DEVICES="0")  # Ray refuses a node with a GPU that is hidden
             with open(tmp_path / f"{name}.log", "w") as log:
                 nodes.append(subprocess.Popen([*ray, *words], env=os.environ | env, stdout=log, stderr=log,
                                                 start_new_session=True))
