@@ -187,7 +187,7 @@ def test_one_experiment_from_start_to_report(driver, tmp_path, toy):
     assert [*report][:9] == ["val_bpb", "training_seconds", "total_seconds", "peak_vram_mb", "mfu_percent",
                              "total_tokens_M", "num_steps", "num_params_M", "depth"]
     assert report["status"] == "ok" and report["mfu_percent"] == "n/a" and report["device"].startswith("cpu")
-    assert float(report["training_seconds"]) >= 3 and float(report["val_bpb"]) > 0
+    assert float(report["training_seconds"]) >= 3 and 0 < float(report["val_bpb"]) < 4
     losses = [float(loss) for loss in re.findall(r"^step \d+ .* loss ([\d.]+)", log, re.M)]
     assert losses[-1] < losses[0]
     assert "\r" not in log and log.startswith(f"commit {report['commit']}, seed 42: ")
