@@ -39,16 +39,17 @@ SHORT_WINDOW = 256  # earlier tokens that a token sees in an S layer
 VALUE_EMBED_EVERY = 3  # layers 0, 3, 6, .. and the last add a value embedding; 0: none
 ROPE_BASE = 10_000
 QK_GAIN = 1.15  # fixed gain on normalised queries and keys
-SHIFT_KEYS = False  # half of each key comes from the previous token; not tried on a GPU
-NGRAMS = ()  # orders of n-grams with an embedding, added to that of the token; not tried on a GPU
+SHIFT_KEYS = False  # half of each key comes from the previous token
+NGRAMS = ()  # orders of n-grams with an embedding, added to that of the token
 NGRAM_ROWS = 2**15  # hash buckets per order; not tuned
-RECALL = ()  # for these n, embed the token that last followed the same n tokens; not tried on a GPU
+RECALL = ()  # for these n, embed the token that last followed the same n tokens
+# These three together, on an H200, text seen 1.5 times: +0.010, the loss in training -0.3
 SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens per optimizer step, rounded to whole rows (sequences); 2**19 gives too few steps
 DEVICE_BATCH = 64  # maximum rows per forward; halved when out of memory
-ROW_MIB = 510  # GPU memory per row, from a dry run (750 uncompiled); smaller cards get fewer rows
+ROW_MIB = 510  # GPU memory per row, measured (uncompiled 750); smaller cards get fewer rows
 COMPILE = True  # torch.compile; takes 30 to 120 s before the clock starts
 
 # Optimizer: EMBED_LR and HEAD_LR are for width 768; they scale by (N_EMBD / 768)^-0.5
