@@ -4,7 +4,7 @@ Prepare text, tokenizer, tokens and validation rows for train.py. Nobody edits t
     uv run prepare.py                  ClimbMix: download, train the tokenizer, tokenize (once)
     uv run prepare.py --data python    the Python source of this environment, offline
 
-train.py uses the data prepared last. Each section uses only those above it: grep '^# ===' prepare.py
+train.py uses the data prepared last. Each section uses only those above it.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import sys
 import sysconfig
 import time
 import timeit
-from collections import ChainMap, Counter
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, compress, islice, pairwise, repeat
 from pathlib import Path
@@ -44,7 +44,7 @@ SCALES = {  # see device_scale(); train.py has constants for each
     "small": dict(seq_len=512, vocab_size=2048, val_rows=1_024, num_shards=1),
 }
 FULL_MEMORY, FULL_SPEED = 38e9, 200e12  # full scale needs: bytes; FLOP/s of a bf16 matmul
-CORPORA = ("climbmix", "tinystories", "shakespeare", "python")
+CORPORA = ("climbmix", "tinystories", "python")
 SPECIAL_TOKENS = [f"<|reserved_{i}|>" for i in range(4)]  # the last ids; the first is BOS
 SPLIT_PATTERN = (  # GPT-4's, but at most two digits per token
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -262,13 +262,6 @@ def peak_memory():
 
 LAST_SHARD = 6542  # of ClimbMix, always for validation
 STORY_GROUPS = 293  # of tinystories count as a shard: 250 MB, as in ClimbMix
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-)
-WORKERS, ATTEMPTS = 8, 5  # parallel downloads; attempts in a row without progress
-VERIFIED = 10**9  # modification time of a verified download: any change resets it
-TIMEOUT = (10, 30)  # seconds to connect, seconds without a byte
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters of a document cut from a file: usual minimum, maximum
 LONGEST = 500_000  # characters; cuts longer records: tiktoken fails on a million spaces
@@ -276,62 +269,22 @@ GROUP = 1_024  # documents per group
 HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # validation split: 2% of the bytes, at least 100 kB, at most 10%
 
 
-def hub_url(repo, name):
-    endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/") or "https://huggingface.co"
-    return f"{endpoint}/datasets/{repo}/resolve/main/{name}"
+def download(repo, names, folder):
+    """Download the files `names` of a Hugging Face dataset to `folder`, if missing or changed."""
+    from huggingface_hub import hf_hub_download, logging
 
-
-def download(url, sha256, path, bar):
-    """Download `url` to `path`: resume, check size and sha256 (the hub's redirect has both), rename."""
-    import requests
-
-    part, token = path.with_name(path.name + ".part"), os.environ.get("HF_TOKEN", "").strip()
-    if path.exists():  # not verified: treat it as a part
-        os.replace(path, part)
-    attempt = most = 0
-    while attempt < ATTEMPTS:
-        time.sleep(attempt)
-        have = part.stat().st_size if part.exists() else 0
-        attempt, most = (1, have) if have > most else (attempt + 1, most)  # progress resets the count
-        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-" if have else None,
-                   "Authorization": f"Bearer {token}" if token and "/datasets/" in url else None}
-        try:
-            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-                status, page = response.status_code, "text/html" in response.headers.get("Content-Type", "")
-                problem = f"status {status}{', a web page' * page}"
-                if page or status in (401, 403, 404):
-                    break
-                if status not in (200, 206, 416):  # 416: nothing left to send
-                    continue
-                sent = ChainMap(*(hop.headers for hop in [response, *response.history]))
-                size = int(sent.get("X-Linked-Size") or sent.get("Content-Range", "").rpartition("/")[2] or 0)
-                if mode := {200: "wb", 206: "ab"}.get(status):
-                    with open(part, mode) as f:
-                        for block in response.iter_content(1 << 16):
-                            f.write(block)
-                            bar.update(len(block))
-        except requests.RequestException as error:
-            problem = f"{type(error).__name__}: {error}"
-            continue
-        got, wanted = part.stat().st_size, sha256 or sent.get("X-Linked-ETag", "").strip('"')
-        if got == (size or got) and (len(wanted) != 64 or sha256_of(part) == wanted):
-            os.utime(part, (VERIFIED, VERIFIED))
-            return os.replace(part, path)
-        problem = f"got {got:,} bytes, expected {size or got:,} with sha256 {wanted[:16]}"
-        if got >= size:
-            part.unlink()
-    raise PrepareError(f"cannot download {url} ({problem}); check the network, HF_ENDPOINT and HF_TOKEN, "
-                       "then run this again to resume; offline use --data python")
-
-
-def download_all(files, folder):
-    """Download {name: (url, sha256 or None)} into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    verified = {path.name for path in folder.iterdir() if path.stat().st_mtime == VERIFIED}
-    missing = [name for name in files if name not in verified]
-    print(f"shards:    {len(files):,}, {len(missing):,} to download", flush=True)
-    with tqdm(unit="B", unit_scale=True, disable=None) as bar, ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(lambda name: download(*files[name], folder / name, bar), missing))
+    logging.set_verbosity_error()
+    print("shards:   ", len(names), "to check or download", flush=True)
+    for part in folder.rglob("*.incomplete"):  # of a kill
+        part.unlink()
+    fetch = functools.partial(hf_hub_download, repo, repo_type="dataset", local_dir=folder)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            return [Path(path) for path in pool.map(fetch, names)]
+    except Exception as error:
+        why = " ".join(str(error.__cause__ or error).split())[:300]
+        raise PrepareError(f"cannot download {repo} ({why}); check network, disk (AUTORESEARCH_CACHE), "
+                           "HF_ENDPOINT, HF_TOKEN and run this again, or use --data python") from None
 
 
 @contextlib.contextmanager
@@ -470,19 +423,12 @@ def split_text(files, limit=None, report=True):
 
 def gather(data, shards, num_shards):
     """The files of the corpus `data`, downloaded to `shards` or found on disk."""
-    wanted = {}
     if data == "climbmix":
-        for i in *range(num_shards), LAST_SHARD:
-            name = f"shard_{i:05d}.parquet"
-            wanted[name] = hub_url("karpathy/climbmix-400b-shuffle", name), None
-    elif data == "tinystories":
-        name = "tinystories_gpt4_clean.parquet"
-        wanted[name] = hub_url("karpathy/tinystories-gpt4-clean", name), None
-    elif data == "shakespeare":
-        wanted["input.txt"] = SHAKESPEARE
-    if wanted:
-        download_all(wanted, shards)
-    return [shards / name for name in wanted] or find_files(data)
+        names = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), LAST_SHARD)]
+        return download("karpathy/climbmix-400b-shuffle", names, shards)
+    if data == "tinystories":
+        return download("karpathy/tinystories-gpt4-clean", ["tinystories_gpt4_clean.parquet"], shards)
+    return find_files(data)
 
 
 def split(data, files, num_shards):
@@ -791,10 +737,8 @@ class Inspector:
 def prepare(data, scale, num_shards=None, vocab_size=None):
     """Gather the corpus `data`, build what is missing, and make it current."""
     spec, path = SCALES[scale] | dict(format=FORMAT, scale=scale), os.path.abspath(data)
-    if num_shards:
-        spec["num_shards"] = LAST_SHARD if num_shards == -1 else num_shards
-    if vocab_size:
-        spec["vocab_size"] = max(260, vocab_size)  # 256 bytes, 4 specials
+    spec["num_shards"] = num_shards or spec["num_shards"]
+    spec["vocab_size"] = vocab_size or spec["vocab_size"]
     stem = re.sub("[^A-Za-z0-9_]", "-", Path(path).stem)[:40]
     name = data if data in CORPORA else f"{stem}-{digest(path)[:8]}"
     folder = cache_root() / f"{name}-{scale}"
@@ -855,16 +799,16 @@ def main():
     option("--data", default="climbmix", metavar="NAME|PATH", type=os.path.expanduser,
            help=f"{', '.join(CORPORA)}, or a file or folder of {' '.join(ENDINGS)} (default: climbmix)")
     option("--num-shards", type=int, metavar="N",
-           help="shards of climbmix or tinystories, 250 MB of text each; -1: all (default: 10; small: 1)")
+           help="shards of climbmix or tinystories, 250 MB of text each (default: 10; small: 1)")
     option("--vocab-size", type=int, metavar="N",
-           help="including 4 special tokens; 256 or 260: bytes only (default: 8192; small: 2048)")
+           help="at least 260: bytes and 4 special tokens (default: 8192; small: 2048)")
     option("--scale", choices=SCALES,
            help="full: a GPU with 40 GB and 200 TFLOP/s; medium: other GPUs; small: a CPU (default: fits)")
     args = parser.parse_args()
-    for name, value, other, low, high in (("num-shards", args.num_shards, -1, 1, LAST_SHARD),
-                                          ("vocab-size", args.vocab_size, 256, 260, 2**16)):
-        if value not in (None, other, *range(low, high + 1)):
-            parser.error(f"--{name} {value} must be {low} to {high}, or {other}")
+    for name, value, low, high in (("num-shards", args.num_shards, 1, LAST_SHARD),
+                                   ("vocab-size", args.vocab_size, 260, 2**16)):
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name} {value} must be from {low} to {high}")
     if args.data not in CORPORA and not os.path.exists(args.data):
         parser.error(f"--data {args.data} is not a corpus, file or folder")
     try:
@@ -872,7 +816,7 @@ def main():
     except BlockingIOError as holder:
         sys.exit(f"error: process {holder} is preparing this data; wait for it or stop it")
     except KeyboardInterrupt:
-        sys.exit("interrupted: run the same command again to resume")
+        sys.exit("interrupted: run the same command again")
     except OSError as error:
         sys.exit(f"error: {error}; fix it or set AUTORESEARCH_CACHE")
 

@@ -17,12 +17,14 @@ import pytest
 from hub import Hub, write_shard
 
 # This comes before any test module imports train, which looks for prepared data.
-for name in [name for name in os.environ if name.startswith("AUTORESEARCH_") or name in ("HF_ENDPOINT", "HF_TOKEN")]:
+for name in [name for name in os.environ if name.startswith(("AUTORESEARCH_", "HF_")) and name != "HF_HOME"]:
     del os.environ[name]
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process recompiles torch's Python files: 7 s
 CACHE = tempfile.TemporaryDirectory(prefix="autoresearch-tests-")
 os.environ |= dict(AUTORESEARCH_CACHE=CACHE.name, NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost",
                    OMP_NUM_THREADS="1")  # other workers of pytest use the other cores
+
+from huggingface_hub import constants  # noqa: E402
 
 import prepare  # noqa: E402
 
@@ -235,12 +237,19 @@ def climbmix_like(tmp_path_factory):
     return folder
 
 
+def use(patch, endpoint):
+    """Have this process and those it starts download from the hub `endpoint`."""
+    patch.setenv("HF_ENDPOINT", endpoint)
+    patch.setattr(constants, "ENDPOINT", endpoint)  # read from the environment at import
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub for one test, named by HF_ENDPOINT. It serves the folder tmp_path/hub."""
     (tmp_path / "hub").mkdir()
     with Hub(tmp_path / "hub") as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.endpoint)
+        use(monkeypatch, served.endpoint)
         yield served
 
 
@@ -250,6 +259,6 @@ def climbmix(climbmix_like, tmp_path_factory):
     root = tmp_path_factory.mktemp("climbmix-cache")
     with Hub(climbmix_like) as served, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AUTORESEARCH_CACHE", str(root))
-        patch.setenv("HF_ENDPOINT", served.endpoint)
+        use(patch, served.endpoint)
         prepare.prepare("climbmix", "full", 2, 512)
     return root, sorted(Path(climbmix_like).iterdir())

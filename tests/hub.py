@@ -20,11 +20,11 @@ def write_shard(path, groups):
 class Hub:
     """`with Hub(folder) as hub:` serves the files of `folder` as those of any dataset at hub.endpoint.
 
-    hub.log holds (host, path, headers) of every request; host is 'hub' or 'cdn'. hub.faults is a queue with one entry
-    for each of the next answers of the CDN: 'busy' (503), 'broken' (500), 'limited' (429, retry after a second), 'cut'
-    (half the body, then a closed connection), 'unsized' (the same without a Content-Length), 'stalled' (half the body,
-    then 5 s of silence), 'whole' (ignores ranges), 'wrong' (other bytes of the same length), 'page' (HTML) or
-    None. The two hosts have different names, as on the real hub.
+    hub.log holds (host, path, headers) of every request for a file; host is 'hub' or 'cdn'. hub.faults is a queue with
+    one entry for each of the next answers of the CDN: 'busy' (503), 'limited' (429, retry after a second), 'cut' (half
+    the body, then a closed connection), 'unsized' (the same without a Content-Length), 'stalled' (half the body, then
+    5 s of silence), 'wrong' (other bytes of the same length), 'page' (HTML) or None. The two hosts have different
+    names, as on the real hub.
     """
 
     def __init__(self, folder):
@@ -51,6 +51,8 @@ def handler(hub, answer):
         def do_GET(self):
             answer(hub, self)
 
+        do_HEAD = do_GET
+
         def log_message(self, *_):
             pass
 
@@ -62,19 +64,21 @@ def reply(request, status, body=b"", **headers):
     for name, value in {"Content_Length": len(body), **headers}.items():
         request.send_header(name.replace("_", "-"), str(value))
     request.end_headers()
-    request.wfile.write(body)
+    if request.command != "HEAD":
+        request.wfile.write(body)
 
 
 def redirect(hub, request):
     """/datasets/<owner>/<dataset>/resolve/main/<name>: a 302 to the CDN, with size and sha256."""
-    hub.log.append(("hub", request.path, dict(request.headers)))
     empty, datasets, _, _, resolve, main, name = (request.path.split("/") + [""] * 7)[:7]
     path = hub.folder / name
+    if datasets == "datasets":  # not /api/agent-harnesses, which the client also reads
+        hub.log.append(("hub", request.path, dict(request.headers)))
     if (empty, datasets, resolve, main) != ("", "datasets", "resolve", "main") or not path.is_file():
-        return reply(request, 404, b"Entry not found")
+        return reply(request, 404, X_Error_Code="EntryNotFound")
     data = path.read_bytes()
     reply(request, 302, Location=f"{hub.cdn}/{name}?signed", X_Linked_Size=len(data),
-          X_Linked_ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+          X_Linked_ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit="0" * 40)
 
 
 def serve(hub, request):
@@ -82,8 +86,8 @@ def serve(hub, request):
     fault = hub.faults.pop(0) if hub.faults else None
     data = (hub.folder / request.path.strip("/").removesuffix("?signed")).read_bytes()
     begin = int(request.headers.get("Range", "bytes=0-")[len("bytes="):].partition("-")[0])
-    if fault in ("busy", "broken"):
-        reply(request, dict(busy=503, broken=500)[fault], b"try again")
+    if fault == "busy":
+        reply(request, 503, b"try again")
     elif fault == "limited":
         reply(request, 429, b"too many requests", Retry_After=1)
     elif fault == "page":
@@ -101,9 +105,7 @@ def serve(hub, request):
                 request.rfile.read(1)
     elif fault == "wrong":
         reply(request, 200, bytes(255 - byte for byte in data))
-    elif fault == "whole" or not begin:
-        reply(request, 200, data)
-    elif begin >= len(data):
-        reply(request, 416, Content_Range=f"bytes */{len(data)}")
-    else:
+    elif begin:
         reply(request, 206, data[begin:], Content_Range=f"bytes {begin}-{len(data) - 1}/{len(data)}")
+    else:
+        reply(request, 200, data)

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
-import requests
 from conftest import until
 from test_run import BREAKS, Lab, prepared
 
@@ -116,8 +116,8 @@ def ray_nodes(tmp_path, toy):
     address = f"http://127.0.0.1:{dashboard}"
 
     def alive():
-        with contextlib.suppress(requests.ConnectionError):
-            return requests.get(f"{address}/api/v0/nodes", timeout=10).text.count('"ALIVE"') == len(nodes)
+        with contextlib.suppress(OSError), urlopen(f"{address}/api/v0/nodes", timeout=10) as answer:
+            return answer.read().count(b'"ALIVE"') == len(nodes)
 
     try:
         for name, words in (("first", head), ("second", [f"--address=127.0.0.1:{port}"])):
