@@ -59,25 +59,6 @@ class PrepareError(SystemExit):
         super().__init__(f"error: {sentence}")
 
 
-class Output:
-    """Standard output that survives a closed reader and characters it cannot encode."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        encoding = self.stream.encoding or "utf-8"
-        with contextlib.suppress(OSError):
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-
 def cache_root():
     try:
         return Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser().absolute()
@@ -792,7 +773,7 @@ def build(target, spec, train, val):
 
 
 def main():
-    sys.stdout = Output(sys.stdout)
+    sys.stdout.reconfigure(errors="replace")  # odd file names
     parser = argparse.ArgumentParser(description="Prepare a corpus for train.py, once.")
     parser.error = lambda message: parser.exit(2, f"error: {message}; see --help\n")
     option = parser.add_argument

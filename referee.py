@@ -4,7 +4,7 @@ The referee: it times and logs a run, and says what to do next. Nobody edits thi
     from referee import Run    train.py trains inside a Run
     uv run referee.py          prints the runs since the commit "baseline", rewrites results.tsv
 
-The sections (grep '^# ===' referee.py) use only those above them and prepare.py.
+Each section uses only those above it and prepare.py.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ import functools
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections import defaultdict, deque
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean
 
@@ -53,9 +53,8 @@ def history():
         return [("none", "none", "")]
     commits = [line.split("\t", 2) for line in log.split("\0")]
     files = git("cat-file", "--batch-check", stdin="".join(f"{c[0]}:./train.py\n" for c in commits))
-    files = files or "\n" * (len(commits) - 1)  # git fails in a partial clone without a network
-    return [(sha, f"{at} {file}", subject)
-            for (sha, at, subject), file in zip(commits, files.split("\n"), strict=True)]
+    pairs = zip_longest(commits, files.split("\n"), fillvalue="")  # no files in an offline partial clone
+    return [(sha, f"{at} {file}", subject) for (sha, at, subject), file in pairs]
 
 
 def all_runs(own=None):
@@ -180,7 +179,6 @@ def then_stop():
 
 OPENED = time.monotonic()  # so that work before Run() counts as start-up
 START_LIMIT, TRAIN_LIMIT, EVAL_LIMIT = 900, 300, 1800  # in seconds; TRAIN_LIMIT is added to the budget
-SIGNALS = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
 STATUS = {Refused: "refused", FloatingPointError: "nan"}
 
 
@@ -228,9 +226,7 @@ class Run:
                                "another GPU with CUDA_VISIBLE_DEVICES") from None
         except OSError as error:
             raise PrepareError(f"cannot write the cache: {error}; set AUTORESEARCH_CACHE") from None
-        sys.stdout = prepare.Output(sys.stdout)
-        for number in SIGNALS:
-            signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
+        sys.stdout.reconfigure(errors="replace")  # odd subjects
         self.limit(START_LIMIT)
         os.environ.setdefault("LOGNAME", str(os.getuid()))  # torch needs a user name; the uid may have none
         commits, dirty = history(), ""
@@ -276,7 +272,6 @@ class Run:
         if self.started is not None:
             raise Refused("start() was called twice; call it once")
         self.limit(self.budget + TRAIN_LIMIT)
-        self.record["startup_seconds"] = time.monotonic() - OPENED
         self.log()
         self.started = self.stepped = time.monotonic()
         self.record["startup_seconds"] = self.started - OPENED
@@ -346,8 +341,6 @@ class Run:
             raise Refused("other data were prepared during the run; run it again")
 
     def __exit__(self, kind, error, trace):
-        for number in SIGNALS:  # a second Ctrl-C must not stop the logging
-            signal.signal(number, signal.SIG_IGN)
         r, stopped = self.record, kind is KeyboardInterrupt
         status = "oom" if out_of_memory(error) else STATUS.get(kind, "crash")
         known = kind in STATUS
@@ -357,6 +350,9 @@ class Run:
         lost = self.value is None or known  # a later crash does not lose a score
         r |= dict(val_bpb=None, status=status) if lost else dict(val_bpb=self.value, status="ok")
         self.log()
+        self.limit(60)  # a thread may block the exit
+        Path(self.trace.name).unlink(missing_ok=True)
+        self.lock.close()
         if error and status == "crash" and not stopped:
             traceback.print_exception(error, file=sys.stdout)
         print("\n---" if sys.stdout.isatty() else "---")
@@ -365,17 +361,14 @@ class Run:
                 value = f"{value:.{6 if key in ('val_bpb', 'noise') else 1}f}"
             if value not in (None, ""):
                 print(f"{key + ':':<17} {value}", flush=True)
-        self.limit(60)  # a thread may block the exit
-        Path(self.trace.name).unlink(missing_ok=True)
-        self.lock.close()
         if r["status"] != "ok":
-            sys.exit(130 if stopped else 1)
+            sys.exit(1)
         return True
 
 
 def main():
     """Print the runs of this night, the last verdict and a summary; rewrite results.tsv."""
-    sys.stdout = prepare.Output(sys.stdout)
+    sys.stdout.reconfigure(errors="replace")
     runs = runs_of_night()
     print(f"budget\tseed\ttokens/s\t{HEADER}".expandtabs(10))
     for r in runs:
@@ -391,9 +384,7 @@ def main():
         line = f"best {value:.6f} ({best}), {kept[0]['val_bpb'] - value:.6f} below the first; {line}"
     for r in runs:
         if r["state"] == "running":
-            left = r["time"] + r["startup_seconds"] + r["time_budget"] - time.time()
-            pid = r["run"].partition("-")[0]
-            line += f"; process {pid} is running, {max(0, left):.0f} s of training left"
+            line += f"; process {r['run'].partition('-')[0]} is running"
     for r in [r for r in runs if r["status"]][-1:]:
         print(f"last verdict: {verdict_of(r, runs)}{then_stop()}")
     print(f"{line}; noise {noise(runs):.6f}")

@@ -3,8 +3,8 @@ Train a GPT with Muon and AdamW for five minutes on one device. The agent edits 
 
     uv run train.py > run.log 2>&1
 
-It uses the data prepared last. It prints the configuration, the progress, two text samples and at the end
-the report of referee.py. The report starts with val_bpb, validation bits per byte: lower is better.
+It uses the data prepared last. It prints the configuration, the progress and the report of referee.py. The
+report starts with val_bpb, validation bits per byte: lower is better.
 Sections, in order: constants, model, optimizer, schedules, training.
 """
 
@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from prepare import SCALE, Tokenizer, cache_root, flash_attention_3, make_dataloader, out_of_memory
+from prepare import SCALE, Tokenizer, flash_attention_3, make_dataloader, out_of_memory
 from referee import Run
 
 # === Constants: only main() reads them. Edit a line, commit, run ===
@@ -103,7 +103,7 @@ class GPTConfig:
     qk_gain: float
     softcap: float
     dtype: torch.dtype  # of activations; weights are kept in fp32
-    attention: str  # see attention_kernel()
+    attention: object  # from attention_kernel()
     shift_keys: bool = False
     ngrams: tuple = ()
     ngram_rows: int = 0
@@ -154,12 +154,9 @@ def one_line(error):
 
 
 def attention_kernel(device, dtype):
-    """The name of the fastest kernel, GPTConfig.attention.
-
-    "fa3" on Hopper, if it loads. "varlen", torch's flash kernel, for bf16 on other GPUs. Otherwise "sdpa".
-    """
+    """FlashAttention-3 on Hopper if it loads, "varlen" (torch's) for bf16 on other GPUs, else "sdpa"."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        return "fa3" if flash_attention_3() else "varlen"
+        return flash_attention_3() or "varlen"
     return "sdpa"
 
 
@@ -210,7 +207,6 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.window = config, config.windows[layer]
-        self.kernel = flash_attention_3() if config.attention == "fa3" else config.attention
         self.c_qkv = nn.Parameter(torch.empty(3, config.n_embd, config.n_embd))  # q, k, v in one matmul
         self.c_proj = Linear(config.n_embd, config.n_embd)
         heads = config.n_embd // config.head_dim
@@ -227,7 +223,7 @@ class Attention(nn.Module):
         if c.shift_keys:  # the half that rotates slowly comes from the previous token: induction in one layer
             fast, slow = k.unflatten(-1, (2, -1)).chunk(2, dim=-1)
             k = torch.cat((fast, F.pad(slow, (0, 0, 0, 0, 0, 0, 1, -1))), dim=-1).flatten(-2)
-        return self.c_proj(attend(q, k, v, self.window, self.kernel).reshape(B, T, C))
+        return self.c_proj(attend(q, k, v, self.window, c.attention).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -480,15 +476,6 @@ def warm_up(loss_fn, model, optimizers, rows, max_rows, compiled):
                 torch.cuda.reset_peak_memory_stats()  # forget all tries
 
 
-@torch.no_grad()
-def sample(model, idx, count, temperature=0.8):
-    """Continue each row of idx (B, t) by `count` tokens. Pads to sequence_len, as in training."""
-    for _ in range(count):
-        logits = model(F.pad(idx, (0, model.config.sequence_len - idx.size(1))))[:, idx.size(1) - 1]
-        idx = torch.cat((idx, torch.multinomial((logits / temperature).softmax(-1), 1)), dim=1)
-    return idx
-
-
 def main():
     with Run() as run:
         # glibc must keep freed blocks: fetching them again took a third of an uncompiled step on a CPU
@@ -513,8 +500,9 @@ def main():
         )
         loss_fn = torch.compile(loss_of, dynamic=False) if COMPILE else loss_of
         num_params = sum(p.numel() for p in model.parameters())
-        run.record |= dict(depth=DEPTH, num_params_M=num_params / 1e6, attention=config.attention,
-                           flops_per_token=model.flops_per_token())
+        run.record |= dict(depth=DEPTH, num_params_M=num_params / 1e6,
+                           flops_per_token=model.flops_per_token(),
+                           attention=getattr(config.attention, "__name__", config.attention))
         print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if COMPILE else 'not '}compiled")
 
         rows, max_rows = max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH
@@ -531,14 +519,6 @@ def main():
             loss = train_step(loss_fn, model, optimizers, batches, accum)
             run.step(loss, accum * micro * T)
         run.score(model, tokenizer, micro)
-        prompt = torch.full((2, 1), tokenizer.get_bos_token_id(), device=run.device)
-        for ids in sample(model, prompt, 80).tolist():
-            print("sample:", *tokenizer.decode(ids[1:]).splitlines(), sep="\n    ")
-        if run.record["verdict"].startswith("keep"):
-            part = cache_root() / "best.pt.part"
-            best = dict(config=vars(config), weights=model.state_dict(), commit=run.record["commit"])
-            torch.save(best, part)
-            part.replace(cache_root() / "best.pt")  # a full disk leaves the older weights intact
     return run.record
 
 

@@ -79,6 +79,7 @@ for line in sys.stdin:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout = open(1, "w", encoding=environment.get("PYTHONIOENCODING"), closefd=False)
         os.closerange(3, 100)
         os.chdir(repository)
         os.environ |= environment
@@ -170,18 +171,13 @@ def document(rng, length):
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
-    """A Run in a test writes results.tsv to tmp_path. Afterwards signal handlers and stdout are restored."""
-    referee, output = sys.modules.get("referee"), sys.stdout
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    if referee:
+    """A Run in a test writes results.tsv to tmp_path. Afterwards its limit is cancelled."""
+    if referee := sys.modules.get("referee"):
         monkeypatch.setattr(referee, "REPOSITORY", tmp_path)
         monkeypatch.setitem(referee.PRISTINE, "referee.REPOSITORY", repr(tmp_path))
         referee.git.cache_clear()
     yield
     faulthandler.cancel_dump_traceback_later()
-    sys.stdout = output
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def dry_run(words, gpu, folder, driver=13000):
     return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("gpu, kernel, scale", [("h100", "fa3", "full"), ("t4", "sdpa", "medium")])
+@pytest.mark.parametrize("gpu, kernel, scale", [("h100", "flash_attn_func", "full"), ("t4", "sdpa", "medium")])
 def test_experiments_with_fa3_and_sdpa(folder, gpu, kernel, scale):
     run = dry_run([dry_gpu.__file__, "--child", *SMALL], gpu, folder)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -42,5 +42,5 @@ def test_one_experiment_on_the_gpu(toy):
     run = run_train("train.py", 5)
     assert run.returncode == 0, run.stderr
     report = block(run.stdout)
-    assert report["attention"] in ("fa3", "varlen") and float(report["peak_vram_mb"]) > 0
+    assert report["attention"] in ("flash_attn_func", "varlen") and float(report["peak_vram_mb"]) > 0
     assert losses(run.stdout)[-1] < losses(run.stdout)[0]
