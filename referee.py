@@ -299,11 +299,11 @@ class Run:
             self.copied.synchronize()
         self.losses.append(float(self.late_loss))
         r, progress, live = self.record, self.progress(), sys.stdout.isatty()
+        seconds = r["training_seconds"] = progress * self.budget
         if not math.isfinite(self.losses[-1]):
             raise FloatingPointError(f"training loss is {self.losses[-1]} at step {r['num_steps']}")
         if live or r["num_steps"] <= 3 or 20 * progress >= self.lines:  # in a file one line per 5%
             self.lines = math.floor(20 * progress) + 1
-            seconds = r["training_seconds"] = progress * self.budget
             print(f"step {r['num_steps']:05d} | {min(100, 100 * progress):5.1f}% | loss "
                   f"{fmean(self.losses):.6f} | {1e6 * r['total_tokens_M'] / seconds:,.0f} tok/s | "
                   f"{max(0, self.budget - seconds):.0f} s left ", end="\r" if live else "\n", flush=True)

@@ -85,20 +85,17 @@ def test_constants_set_from_outside_are_used(small_main, capsys):
 # name: code that makes torch.compile fail, what the run prints; {folder} is empty
 COMPILE_FAULTS = {
     "no compiler": ("os.environ['PATH'] = '{folder}'", "No working C[+][+] compiler"),
-    "no Python.h": ("import sysconfig; path = sysconfig.get_path; sysconfig.get_path = lambda name, *_, **__: "
-                    "'{folder}' if name == 'include' else path(name); {quick}", "Python.h"),
     "a space in the path": ("os.environ['TMPDIR'] = '{folder}/a b'; os.mkdir('{folder}/a b')", "fatal error"),
-    "a full disk": ("mount(b'size=64k')", "No space left on device"),
-    "noexec": ("mount(b'size=64m', 8); {quick}", "failed to map segment"),
+    "a full disk": ("mount()", "No space left on device"),
 }
 COMPILE = """
-import ctypes, os, pathlib, sys, tempfile, referee, torch, torch._inductor.config, train
+import ctypes, os, pathlib, sys, tempfile, referee, torch, train
 
-def mount(options, flags=0):
+def mount():
     libc = ctypes.CDLL(None)
     if sys.platform != "linux" or libc.unshare(0x20000):  # CLONE_NEWNS
         sys.exit("cannot mount")
-    if libc.mount(None, b"/", None, 0x44000, None) or libc.mount(b"tmpfs", b"{folder}", b"tmpfs", flags, options):
+    if libc.mount(None, b"/", None, 0x44000, None) or libc.mount(b"tmpfs", b"{folder}", b"tmpfs", 0, b"size=64k"):
         sys.exit("cannot mount")
     os.environ["TMPDIR"] = "{folder}"
 
@@ -124,8 +121,7 @@ def driver():
 def test_if_torch_compile_fails_the_run_continues_uncompiled(toy, driver, tmp_path, name):
     (tmp_path / "empty").mkdir()
     fault, words = COMPILE_FAULTS[name]
-    quick = "torch._inductor.config.cpp_cache_precompile_headers = False"
-    code = COMPILE.replace("{fault}", fault).replace("{quick}", quick).replace("{folder}", str(tmp_path / "empty"))
+    code = COMPILE.replace("{fault}", fault).replace("{folder}", str(tmp_path / "empty"))
     (tmp_path / "run.py").write_text(code)
     env = dict(AUTORESEARCH_TIME_BUDGET="1", PYTHONPATH=str(ROOT), TORCHINDUCTOR_COMPILE_THREADS="1",
                ATEN_CPU_CAPABILITY="default")

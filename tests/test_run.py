@@ -453,6 +453,14 @@ def test_a_run_whose_output_is_closed_crashes_with_the_reason(lab):
     assert [row[3:] for row in lab.results()] == [["crash", "nobody reads"]]
 
 
+def test_a_crash_reports_the_time_until_it(driver, tmp_path, toy):
+    lab = Lab(driver, tmp_path, toy, budget=60)
+    lab.set_line("if run.record['num_steps'] == 30: raise ValueError('late')")  # after 29 pauses of 0.05 s
+    lab.commit("late")
+    report = lab.experiment()
+    assert float(report["training_seconds"]) >= 1.4 and float(report["tokens_per_second"]) <= 30 / 1.4
+
+
 def test_without_git_a_run_is_recorded_and_the_reason_printed(lab):
     lab.start(PATH="/nowhere")
     _, log, report = lab.end()
