@@ -27,7 +27,6 @@ import sysconfig
 import time
 import timeit
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, compress, islice, pairwise, repeat
 from pathlib import Path
 
@@ -260,8 +259,7 @@ def download(repo, names, folder):
         part.unlink()
     fetch = functools.partial(hf_hub_download, repo, repo_type="dataset", local_dir=folder)
     try:
-        with ThreadPoolExecutor(8) as pool:
-            return [Path(path) for path in pool.map(fetch, names)]
+        return [Path(fetch(name)) for name in names]  # threads would share a client that fails for all
     except Exception as error:
         why = " ".join(str(error.__cause__ or error).split())[:300]
         raise PrepareError(f"cannot download {repo} ({why}); check network, disk (AUTORESEARCH_CACHE), "
