@@ -257,9 +257,8 @@ def download(repo, names, folder):
     print("shards:   ", len(names), "to check or download", flush=True)
     for part in folder.rglob("*.incomplete"):  # of a kill
         part.unlink()
-    fetch = functools.partial(hf_hub_download, repo, repo_type="dataset", local_dir=folder)
-    try:
-        return [Path(fetch(name)) for name in names]  # threads would share a client that fails for all
+    try:  # one by one: threads share a client, and a failed connection closes it for all
+        return [Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder)) for name in names]
     except Exception as error:
         why = " ".join(str(error.__cause__ or error).split())[:300]
         raise PrepareError(f"cannot download {repo} ({why}); check network, disk (AUTORESEARCH_CACHE), "
