@@ -142,7 +142,7 @@ def verdict_of(run, runs):
     """
     own, scores, best, gains = run["commit"], defaultdict(dict), {}, {}
     if run["status"] != "ok":
-        return "none (no score): fix a mistake and run again, or undo the commit"
+        return "none (no score): fix a mistake and run again, or undo the change"
     runs = [r for r in runs if r["status"] == "ok" and setting(r) == setting(run)]
     for r in runs:
         if r["commit"] == own or r["state"] == "keep":

@@ -21,7 +21,7 @@ README, PROGRAM = (ROOT / "README.md").read_text(), (ROOT / "program.md").read_t
 def test_ci_runs_the_command_of_the_readme():
     commands = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("uv run")]
     assert commands == ["uv run pytest"]
-    assert "\n`uv run pytest` runs all tests" in README
+    assert "\n`uv run pytest` runs the tests" in README
 
 
 def test_ruff_finds_nothing():

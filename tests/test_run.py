@@ -352,7 +352,7 @@ VERDICTS = {  # name: the runs of the night, the verdict of the last one
                        f"discard (0.0010 better than 1.0050, within the noise of 0.0050{SIMPLER})"),
     "the other seed of the first": (BASE, TRIAL),
     "no score": ([*BASE, run_of("b", None, status="oom", state="crash")],
-                 "none (no score): fix a mistake and run again, or undo the commit"),
+                 "none (no score): fix a mistake and run again, or undo the change"),
     "uncommitted": ([*BASE, run_of("b+", 0.5, state="discard")],
                     "none (uncommitted changes): commit them and run again"),
 }  # fmt: skip
