@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 # === 1. Settings, files, device ===
 
-FORMAT = 2  # of the cache; data in another format are rebuilt
+FORMAT = 3  # of the cache; data in another format are rebuilt
 SCALES = {  # see device_scale(); train.py has constants for each
     "full": dict(seq_len=2048, vocab_size=8192, val_rows=10_240, num_shards=10),
     "medium": dict(seq_len=2048, vocab_size=8192, val_rows=4_096, num_shards=10),
@@ -208,7 +208,7 @@ def flash_attention_3(download=False):
 
 
 def out_of_memory(error):
-    """Whether an exception says that memory ran out. torch has several types and texts for that."""
+    """Whether an exception says that memory ran out; torch has several types and texts for it."""
     signs = "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory"
     return isinstance(error, MemoryError | RuntimeError) and bool(re.search(signs, repr(error)))
 
@@ -483,11 +483,11 @@ class Tokenizer:
 # === 4. Token store: all documents in one flat file, each after a BOS ===
 
 
-def write_store(tokenizer, groups, stem):
-    """Tokenize `groups`, lists of documents. Returns the numbers of documents and of tokens.
+def write_store(tokenizer, groups, stem, shuffle=False):
+    """Tokenize `groups`, lists of documents. Returns the number of tokens.
 
-    stem.bin, uint16: the tokens. stem.idx, int64: the number n of documents, their n + 1 boundaries in
-    the tokens, the boundaries of the groups in the documents.
+    stem.bin: the tokens, uint16. stem.npz: documents (2, n), where each starts and stops in the tokens;
+    groups, their boundaries in the documents. `shuffle`: neighbours may come from one file.
     """
     lengths, group_starts = [], [0]
     with open(stem.with_suffix(".bin"), "wb") as f:
@@ -496,25 +496,27 @@ def write_store(tokenizer, groups, stem):
                 f.write(np.array(ids, np.uint16))
                 lengths.append(len(ids))
             group_starts.append(len(lengths))
-    starts = np.cumsum([0, *lengths])
-    np.array([len(lengths), *starts, *group_starts], np.int64).tofile(stem.with_suffix(".idx"))
-    return len(lengths), int(starts[-1])
+    edges = np.cumsum([0, *lengths])
+    documents = np.array([edges[:-1], edges[1:]])
+    if shuffle:
+        np.random.default_rng(0).shuffle(documents, axis=1)
+    np.savez(stem.with_suffix(".npz"), documents=documents, groups=group_starts)
+    return int(edges[-1])
 
 
 class TokenStore:
     """What write_store() wrote, memory-mapped."""
 
     def __init__(self, stem):
-        index = np.fromfile(stem.with_suffix(".idx"), np.int64)
-        self.starts, self.groups = index[1 : index[0] + 2], index[index[0] + 2 :].tolist()
+        index = np.load(stem.with_suffix(".npz"))
+        self.documents, self.groups = index["documents"], index["groups"].tolist()
         self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), np.uint16, "r"))
 
     def batches(self, size=128):
         """One epoch in batches (starts, stops) of up to `size` documents of one group."""
         for first, last in pairwise(self.groups):
             for i in range(first, last, size):
-                edges = self.starts[i : min(i + size, last) + 1].tolist()
-                yield edges[:-1], edges[1:]
+                yield self.documents[:, i : min(i + size, last)].tolist()
 
     def rows(self, packed, capacity):
         """The tokens of rows from pack_rows: uint16 [len(packed), capacity]."""
@@ -752,16 +754,16 @@ def build(target, spec, train, val):
     building.mkdir()
     tokenizer = Tokenizer.train(train(), spec["vocab_size"])
     tokenizer.save(building)
-    docs, tokens = write_store(tokenizer, train(), building / "train")
-    _, val_tokens = write_store(tokenizer, val(), building / "val")
-    if not docs or val_tokens < capacity:
-        raise PrepareError(f"too little text: {docs} training documents, {val_tokens} validation tokens; "
+    tokens = write_store(tokenizer, train(), building / "train", spec["data"] != "climbmix")
+    val_tokens = write_store(tokenizer, val(), building / "val")
+    if not tokens or val_tokens < capacity:
+        raise PrepareError(f"too little text: {tokens} training tokens, {val_tokens} validation tokens; "
                            "add more text")
     store = TokenStore(building / "val")
     rows = list(islice(pack_rows(store.batches(), capacity), spec["val_rows"]))
     store.rows(rows, capacity).tofile(building / "val_rows.bin")
     files = {path.name: [path.stat().st_size, sha256_of(path)] for path in building.iterdir()}
-    manifest = dict(spec, train_docs=docs, train_tokens=tokens, val_rows=len(rows), files=files)
+    manifest = dict(spec, train_tokens=tokens, val_rows=len(rows), files=files)
     manifest["digest"] = digest(manifest)
     (building / "manifest.json").write_text(json.dumps(manifest, indent=1))
     shutil.rmtree(target, ignore_errors=True)  # a damaged one

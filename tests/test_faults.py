@@ -188,7 +188,7 @@ def test_an_unwritable_cache_gives_one_sentence(cache):
 
 # Damage
 
-FILES = ["current", "manifest.json", "tokenizer.tiktoken", "train.bin", "train.idx", "val.bin", "val.idx",
+FILES = ["current", "manifest.json", "tokenizer.tiktoken", "train.bin", "train.npz", "val.bin", "val.npz",
          "val_rows.bin", "../climbmix-small/shards/shard_00000.parquet"]
 
 

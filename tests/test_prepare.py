@@ -212,7 +212,7 @@ def test_tinystories_comes_from_the_hub(hub, cache):
     prepare.prepare("tinystories", "small", 1, 300)
     manifest = prepare.read_manifest(prepare.current_folder())
     assert (manifest["data"], manifest["scale"], manifest["vocab_size"]) == ("tinystories", "small", 300)
-    assert 300 < manifest["train_docs"] < 400
+    assert 300 < prepare.TokenStore(prepare.current_folder() / "train").documents.shape[1] < 400
 
 
 # ======================================================================================================================
@@ -307,22 +307,21 @@ def live(tokenizer, texts):
 def test_the_store_equals_live_encoding_in_groups(in_climbmix, tmp_path):
     rng = random.Random(6)
     groups = [TEXTS, [document(rng, rng.randrange(3_000)) for _ in range(300)], [""], [document(rng, 500)] * 129]
-    docs, count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split")
+    count = prepare.write_store(in_climbmix, iter(groups), tmp_path / "split")
     store = prepare.TokenStore(tmp_path / "split")
     found = [[store.tokens[a:b].tolist() for a, b in zip(*batch, strict=True)] for batch in store.batches()]
     expected = [live(in_climbmix, texts[at : at + 128]) for texts in groups for at in range(0, len(texts), 128)]
     assert found == expected and store.tokens.dtype == "uint16"
-    assert (docs, count) == (sum(map(len, groups)), sum(len(ids) for batch in expected for ids in batch))
+    assert count == len(store.tokens) == sum(len(ids) for batch in expected for ids in batch)
 
 
 def test_the_manifest_describes_the_stored_files(toy):
     manifest, store = prepare.read_manifest(toy), prepare.TokenStore(toy / "train")
     assert manifest["train_tokens"] == len(store.tokens)
-    assert manifest["train_docs"] == sum(len(starts) for starts, _ in store.batches())
     assert manifest["val_rows"] * 257 * 2 == (toy / "val_rows.bin").stat().st_size
     for name in ("val_rows.bin", "tokenizer.tiktoken"):  # each file's sha256
         assert hashlib.sha256((toy / name).read_bytes()).hexdigest() in json.dumps(manifest)
-    assert set(manifest["files"]) >= {"tokenizer.tiktoken", "train.bin", "train.idx", "val_rows.bin"}
+    assert set(manifest["files"]) >= {"tokenizer.tiktoken", "train.bin", "train.npz", "val_rows.bin"}
 
 
 # ======================================================================================================================
@@ -514,7 +513,8 @@ def test_the_command_prepares_climbmix_from_a_hub(climbmix_like, hub, cache):
     out, err = process.communicate()
     assert (process.returncode, err) == (0, "") and "uv run train.py" in out
     manifest = prepare.read_manifest(prepare.current_folder())
-    assert (manifest["data"], manifest["scale"], manifest["train_docs"]) == ("climbmix", "small", 6_000)
+    assert (manifest["data"], manifest["scale"]) == ("climbmix", "small")
+    assert prepare.TokenStore(prepare.current_folder() / "train").documents.shape == (2, 6_000)
     asked = len(hub.log)
     before = (prepare.current_folder() / "manifest.json").stat().st_mtime_ns
     prepare.prepare("climbmix", "small", 2, 600)

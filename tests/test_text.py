@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -277,6 +278,13 @@ def test_splits_share_no_document_and_lose_none(folder, tmp_path, count):
     moved = prepare.split_text(prepare.find_files(folder.rename(tmp_path / "moved")))
     assert train == sum(moved[0](), []), "the same text in another folder comes in another order"
     assert [path.name for path in files] != sorted(path.name for path in files)
+
+
+def test_training_documents_are_shuffled(folder):
+    fill(folder)
+    (folder / "a.jsonl").write_text("\n".join(json.dumps(dict(text=f"record {i} " * 50)) for i in range(400)))
+    numbers = [int(text.split()[1]) for text in prepared(folder)[0] if text.startswith("record ")]
+    assert len(numbers) > 300 and sum(b == a + 1 for a, b in pairwise(numbers)) < 20
 
 
 def test_an_edit_of_equal_size_and_time_is_noticed(folder):
