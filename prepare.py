@@ -499,7 +499,7 @@ def write_store(tokenizer, groups, stem, shuffle=False):
     edges = np.cumsum([0, *lengths])
     documents = np.array([edges[:-1], edges[1:]])
     if shuffle:
-        np.random.default_rng(0).shuffle(documents, axis=1)
+        documents = np.random.default_rng(0).permutation(documents, axis=1)
     np.savez(stem.with_suffix(".npz"), documents=documents, groups=group_starts)
     return int(edges[-1])
 

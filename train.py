@@ -5,7 +5,6 @@ Train a GPT with Muon and AdamW for five minutes on one device. The agent edits 
 
 It uses the data prepared last. It prints the configuration, the progress and the report of referee.py. The
 report starts with val_bpb, validation bits per byte: lower is better.
-Sections, in order: constants, model, optimizer, schedules, training.
 """
 
 import ctypes
@@ -144,13 +143,6 @@ def recall(idx, n, vocab_size):
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),))
-
-
-def one_line(error):
-    """The type of an exception and its first line, or the first compiler error in it."""
-    lines = str(error).strip().split("\n")
-    line = max(lines, key=lambda line: " error: " in line)
-    return f"{type(error).__name__}: {line.strip()[:200]}"
 
 
 def attention_kernel(device, dtype):
@@ -464,7 +456,7 @@ def warm_up(loss_fn, model, optimizers, rows, max_rows, compiled):
             elif compiled:
                 compiled = False
                 torch.compiler.set_stance("force_eager")
-                print(f"the compiled step failed; trying it uncompiled ({one_line(error)})")
+                print(f"the compiled step failed; trying it uncompiled: {error!r}")
             else:
                 raise
         finally:
