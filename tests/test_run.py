@@ -173,7 +173,8 @@ def memory_gb(record):
 
 
 def test_one_experiment_from_start_to_report(driver, tmp_path, toy):
-    lab = Lab(driver, tmp_path, toy, 3.0, (ROOT / "train.py").read_text())
+    source = (ROOT / "train.py").read_text().replace("\nCOMPILE = True", "\nCOMPILE = False")
+    lab = Lab(driver, tmp_path, toy, 3.0, source)
     lab.start()
     code, log, report = lab.end()
     assert code == 0
