@@ -131,15 +131,17 @@ def current_folder():
     pointer = cache_root() / "current"
     if not pointer.exists():
         raise PrepareError(f"no prepared data in {pointer.parent}; run: uv run prepare.py [--data python]")
-    return pointer.parent / pointer.read_text(encoding="utf-8").strip()
+    return pointer.parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def __getattr__(name):
     """Read from manifest or environment on access, so that importing needs no data."""
     if name == "MAX_SEQ_LEN":  # tokens
         return read_manifest()["seq_len"]
-    if name == "SCALE":  # "full" if nothing is prepared, so that train.py can be imported
-        return read_manifest()["scale"] if (cache_root() / "current").exists() else "full"
+    if name == "SCALE":  # "full" if no data are ready, so that train.py can be imported; a Run says why
+        with contextlib.suppress(PrepareError):
+            return read_manifest()["scale"]
+        return "full"
     if name == "TIME_BUDGET":  # seconds of training
         return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1, 10**6)
     raise AttributeError(f"module 'prepare' has no attribute {name!r}")

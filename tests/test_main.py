@@ -1,6 +1,7 @@
 """train.main(), and a train.py with the interface of karpathy/autoresearch."""
 
 import getpass
+import json
 import os
 import pwd
 import re
@@ -204,6 +205,28 @@ def test_import_is_silent_and_needs_neither_data_nor_gpu(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     assert not (tmp_path / "none").exists()
+
+
+OLD = dict(format=prepare.FORMAT - 1, scale="small", files={})
+MANIFEST = json.dumps(OLD | dict(digest=prepare.digest(OLD))).encode()
+NOT_READY = {  # what happened to the data: the files of the cache
+    "old format": {"current": b"data", "data/manifest.json": MANIFEST},
+    "garbage": {"current": b"data", "data/manifest.json": b"\xff{"},
+    "a list": {"current": b"data", "data/manifest.json": b"[]"},
+    "gone": {"current": b"data"}, "an empty pointer": {"current": b""}, "not UTF-8": {"current": b"d\xffta"},
+    "NUL": {"current": b"\0data"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_READY)
+def test_data_that_are_not_ready_do_not_prevent_import_and_a_run_names_them(tmp_path, monkeypatch, name):
+    for file, content in NOT_READY[name].items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    monkeypatch.setenv("AUTORESEARCH_CACHE", str(tmp_path))
+    assert prepare.SCALE == "full"
+    with pytest.raises(prepare.PrepareError, match=r"is not ready \(.*\); run: uv run prepare.py \[--data NAME\]$"):
+        train.main()
 
 
 def test_only_main_reads_the_constants():
