@@ -89,11 +89,12 @@ def test_noise_comes_from_the_journal_or_else_from_the_log(read):
     assert "noise: 0.0707\n" in read(rows)[0]
 
 
-def test_a_second_run_of_a_kept_commit_is_not_a_gain(read):
-    rows = [row(1.2, "keep", commit="a"), row(1.1, "keep", commit="b"), row(1.12, "keep", commit="b"),
-            row(1.0, "keep", commit="c")]
-    names = read(rows)[1]
-    assert [(i, e["commit"]) for _, i, e in names["gains"]] == [(3, "c"), (1, "b")]
+def test_a_second_run_of_a_kept_commit_changes_its_mean(read):
+    scores = dict(zip((1.2, 1.1, 1.3, 1.0, 1.15), "abbcb", strict=True))
+    names = read([row(value, "keep", commit=commit) for value, commit in scores.items()])[1]
+    assert names["running"] == pytest.approx([1.2, 1.1, 1.2, 1.0, 1.0])
+    gains = [(round(gain, 4), i, e["commit"]) for gain, i, e in names["gains"]]
+    assert gains == [(0.1833, 3, "c"), (0.0167, 1, "b")]
 
 
 def test_two_thousand_rows(read):
