@@ -124,8 +124,7 @@ def test_if_torch_compile_fails_the_run_continues_uncompiled(toy, driver, tmp_pa
     fault, words = COMPILE_FAULTS[name]
     code = COMPILE.replace("{fault}", fault).replace("{folder}", str(tmp_path / "empty"))
     (tmp_path / "run.py").write_text(code)
-    env = dict(AUTORESEARCH_TIME_BUDGET="1", PYTHONPATH=str(ROOT), TORCHINDUCTOR_COMPILE_THREADS="1",
-               ATEN_CPU_CAPABILITY="default")
+    env = dict(AUTORESEARCH_TIME_BUDGET="1", PYTHONPATH=str(ROOT), TORCHINDUCTOR_COMPILE_THREADS="1")
     begin(driver, [str(tmp_path / "run.py")], ROOT, tmp_path, env)
     until((tmp_path / "exit").exists, name)
     log = (tmp_path / "run.log").read_text(errors="replace")
