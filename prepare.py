@@ -82,13 +82,13 @@ def append_line(path, line):
 def lock_file(path, owner):
     """Lock `path` until the returned file is closed. BlockingIOError names the owner."""
     file = open(path, "a+")
-    for pause in (0.1, 0.1, 0.1, 0):  # lock_holder() takes a lock for a moment
+    for _ in range(4):  # lock_holder() takes a lock for a moment
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.truncate(0)
             print(owner, file=file, flush=True)
             return file
-        time.sleep(pause)
+        time.sleep(0.1)
     raise BlockingIOError(path.read_text().strip())
 
 
@@ -138,13 +138,13 @@ def __getattr__(name):
     """Read from manifest or environment on access, so that importing needs no data."""
     if name == "MAX_SEQ_LEN":  # tokens
         return read_manifest()["seq_len"]
-    if name == "SCALE":  # "full" if no data are ready, so that train.py can be imported; a Run says why
+    if name == "SCALE":  # "full" without data, so that train.py can be imported; Run() gives the error
         with contextlib.suppress(PrepareError):
             return read_manifest()["scale"]
         return "full"
     if name == "TIME_BUDGET":  # seconds of training
         return env_number("AUTORESEARCH_TIME_BUDGET", 300.0, 1, 10**6)
-    raise AttributeError(f"module 'prepare' has no attribute {name!r}")
+    raise AttributeError(f"prepare has no {name}")
 
 
 def env_number(name, default, low, high):
@@ -171,7 +171,7 @@ def default_device():
 
 
 def device_scale():
-    """The scale for this machine, by the memory of its GPU and, if that is enough, a timed matmul."""
+    """The scale for this machine, from the memory of its GPU, then the speed of a matmul."""
     import torch
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not torch.backends.cuda.is_built():
@@ -181,7 +181,7 @@ def device_scale():
         if torch.cuda.get_device_properties(0).total_memory < FULL_MEMORY:
             return "medium"
         matrix = torch.ones(8192, 8192, dtype=torch.bfloat16, device="cuda")
-        seconds = timeit.repeat(lambda: (matrix @ matrix, torch.cuda.synchronize()), number=1, repeat=5)
+        seconds = timeit.repeat(lambda: (matrix @ matrix, torch.cuda.synchronize()), number=1)
     except RuntimeError as error:
         if re.search("no NVIDIA driver|No CUDA GPUs", str(error)):
             return "small"
@@ -205,14 +205,13 @@ def flash_attention_3(download=False):
 
         kernel = get_kernel("kernels-community/flash-attn3", revision="v1", trust_remote_code=True)
         return kernel.flash_attn_func
-    except Exception as error:  # not downloaded, no network, no build for this torch: many types
-        print(f"no FlashAttention-3, using torch's kernel ({repr(error)[:200]})")
+    except Exception as error:  # many types: not downloaded, no network, no build for this torch
+        print(f"no FlashAttention-3, using torch's kernel ({error!r:.200})")
 
 
 def out_of_memory(error):
     """Whether an exception says that memory ran out; torch has several types and texts for it."""
-    signs = "MemoryError|out of memory|ALLOC_FAILED|can't allocate memory"
-    return isinstance(error, MemoryError | RuntimeError) and bool(re.search(signs, repr(error)))
+    return bool(re.search("MemoryError|out of memory|ALLOC_FAILED|can't allocate memory", repr(error)))
 
 
 def device_names(device):
@@ -246,7 +245,7 @@ LAST_SHARD = 6542  # of ClimbMix, always for validation
 STORY_GROUPS = 293  # of tinystories count as a shard: 250 MB, as in ClimbMix
 ENDINGS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 CUT_FROM, CUT_AT = 1_500, 6_000  # characters of a document cut from a file: usual minimum, maximum
-LONGEST = 500_000  # characters; cuts longer records: tiktoken fails on a million spaces
+LONGEST = 500_000  # most characters of a document: tiktoken fails on a million spaces
 GROUP = 1_024  # documents per group
 HELD_OUT, LEAST, MOST = 0.02, 100_000, 0.1  # validation split: 2% of the bytes, at least 100 kB, at most 10%
 
@@ -257,7 +256,7 @@ def download(repo, names, folder):
 
     logging.set_verbosity_error()
     print("shards:   ", len(names), "to check or download", flush=True)
-    for part in folder.rglob("*.incomplete"):  # of a kill
+    for part in folder.rglob("*.incomplete"):  # leftovers
         part.unlink()
     try:  # one by one: threads share a client, and a failed connection closes it for all
         return [Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=folder)) for name in names]
@@ -359,7 +358,7 @@ def find_files(data):
 def split_text(files, limit=None, report=True):
     """(train, val): functions that yield groups of documents, train at most `limit` groups.
 
-    The lowest digests go to val: a small file has one, a large file one per document. Duplicates stay
+    The lowest hashes go to val: a small file as a whole, a large one by document. Duplicates stay
     together.
     """
     def held_out(size):
@@ -371,7 +370,7 @@ def split_text(files, limit=None, report=True):
     def documents(path):
         return (text[i : i + longest] for text in records(path) if text for i in range(0, len(text), longest))
 
-    digests, sizes, odd = {}, [0], []  # one digest for a small file, else one per document
+    digests, sizes, odd = {}, [0], []
     for path in tqdm(files, "read", disable=None, leave=False):
         digests[path] = []
         for text in ["".join(documents(path))] if path.stat().st_size <= small else documents(path):
@@ -489,7 +488,7 @@ def write_store(tokenizer, groups, stem, shuffle=False):
     """Tokenize `groups`, lists of documents. Returns the number of tokens.
 
     stem.bin: the tokens, uint16. stem.npz: documents (2, n), where each starts and stops in the tokens;
-    groups, their boundaries in the documents. `shuffle`: neighbours may come from one file.
+    groups, their boundaries in the documents. `shuffle` separates documents of one file.
     """
     lengths, group_starts = [], [0]
     with open(stem.with_suffix(".bin"), "wb") as f:
@@ -514,11 +513,11 @@ class TokenStore:
         self.documents, self.groups = index["documents"], index["groups"].tolist()
         self.tokens = np.asarray(np.memmap(stem.with_suffix(".bin"), np.uint16, "r"))
 
-    def batches(self, size=128):
-        """One epoch in batches (starts, stops) of up to `size` documents of one group."""
+    def batches(self):
+        """One epoch in batches (starts, stops) of up to 128 documents of one group."""
         for first, last in pairwise(self.groups):
-            for i in range(first, last, size):
-                yield self.documents[:, i : min(i + size, last)].tolist()
+            for i in range(first, last, 128):
+                yield self.documents[:, i : min(i + 128, last)].tolist()
 
     def rows(self, packed, capacity):
         """The tokens of rows from pack_rows: uint16 [len(packed), capacity]."""
@@ -588,7 +587,7 @@ def make_dataloader(tokenizer, B, T, split, device=None):
 # === 6. Evaluation: the metric, and the probe for leaks ===
 
 EVAL_ROWS = 16  # most rows per forward: 16 x 2048 x 8192 fp32 logits are 1 GiB
-PROBED, REPEATS = 0.15, 8  # share of the batches that are probed; probes of the first batch at the end
+PROBED, REPEATS = 0.15, 8  # share of batches probed; probes of the first batch at the end
 ONE_CHANGE, MEAN_CHANGE, MEAN_GAIN = 0.5, 0.02, 0.005  # limits in nats, above bf16 rounding
 evaluated = []  # types of the models scored
 
@@ -648,7 +647,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
             inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
             try:
                 losses = inspect(loss, inputs, targets) if inspect else loss(inputs, targets)
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:
                 if len(ids) == 1 or not out_of_memory(error):
                     raise
                 batch //= 2
@@ -673,7 +672,7 @@ class Inspector:
         nats = self.probe(loss, inputs, targets) if chosen else loss(inputs, targets)
         self.first = self.first or (inputs, targets, nats)
         if self.scored + len(inputs) == len(self.rows):
-            for _ in range(REPEATS):  # a model that learned from the rows since then shows it
+            for _ in range(REPEATS):  # exposes a model that has learned from the rows
                 self.probe(loss, *self.first)
             edges = torch.cat(self.edges)
             change = float(edges.abs().mean())
@@ -785,7 +784,7 @@ def main():
     option("--vocab-size", type=int, metavar="N",
            help="at least 260: bytes and 4 special tokens (default: 8192; small: 2048)")
     option("--scale", choices=SCALES,
-           help="full: a GPU with 40 GB and 200 TFLOP/s; medium: other GPUs; small: a CPU (default: fits)")
+           help="full: a GPU with 40 GB and 200 TFLOP/s; medium: other GPUs; small: a CPU (default: auto)")
     args = parser.parse_args()
     for name, value, low, high in (("num-shards", args.num_shards, 1, LAST_SHARD),
                                    ("vocab-size", args.vocab_size, 260, 2**16)):
