@@ -7,11 +7,12 @@ It uses the data prepared last. It prints the configuration, the progress and th
 report starts with val_bpb, validation bits per byte: lower is better.
 """
 
+import copy
 import ctypes
 import math
 import os
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import islice
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # CPU threads that spin longer stall on a busy machine
 if "microsoft" not in os.uname().release:  # WSL has no expandable segments
@@ -42,13 +43,12 @@ SHIFT_KEYS = False  # half of each key comes from the previous token
 NGRAMS = ()  # orders of n-grams with an embedding, added to that of the token
 NGRAM_ROWS = 2**15  # hash buckets per order; not tuned
 RECALL = ()  # for these n, embed the token that last followed the same n tokens
-# All three as at small, 2**17 rows, H200, text seen 1.5 times: +0.010, training loss -0.3
+# As at small, 2**17 rows (H200, text seen 1.5 times): +0.010, training loss -0.3
 SOFTCAP = 15.0  # tanh caps the logits to (-SOFTCAP, SOFTCAP); 0: no cap
 
 # Batch and speed
 TOTAL_BATCH = 2**17  # tokens per optimizer step, rounded to whole rows (sequences); 2**19 gives too few steps
 DEVICE_BATCH = 64  # maximum rows per forward; halved when out of memory
-ROW_MIB = 510  # GPU memory per row, by dry run, as on an H200 (uncompiled 750); small cards get fewer rows
 COMPILE = True  # torch.compile; takes 10 to 120 s before the clock starts; small, tried False: +0.016
 
 # Optimizer: EMBED_LR and HEAD_LR are for width 768; they scale by (N_EMBD / 768)^-0.5
@@ -67,7 +67,6 @@ FINAL_LR_FRAC = 0.04  # of the peak learning rates, left at the end; good from 0
 
 if SCALE == "medium":  # for smaller GPUs; the shape is from public logs of RTX 3060, 3090, 4090 and GB10
     DEPTH, N_EMBD, TOTAL_BATCH = 5, 512, 2**16  # 8 x 768 gets only 140 steps on an RTX 3090
-    ROW_MIB = 300
 
 if SCALE == "small":  # for a CPU; "tried": change of val_bpb on two cores, rows of 256 or 512 tokens
     DEPTH = 2  # tried 3: +0.016
@@ -117,7 +116,7 @@ def layer_windows(pattern, n_layer, short_window, sequence_len):
     if not pattern or set(pattern) - set("SL"):
         raise ValueError(f"WINDOW_PATTERN = {pattern!r} must consist of the letters S and L")
     widths = dict(S=min(short_window, sequence_len), L=sequence_len)
-    return [widths[letter] for letter in islice(cycle(pattern), n_layer - 1)] + [sequence_len]
+    return [widths[letter] for letter in (pattern * n_layer)[: n_layer - 1] + "L"]
 
 
 def hash_ngrams(idx, n, buckets):
@@ -436,7 +435,7 @@ def warm_up(loss_fn, model, optimizers, rows, max_rows, compiled):
 
     When out of memory, a forward gets half the rows. If a compiled step fails, the run goes on uncompiled.
     """
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    before = copy.deepcopy(model.state_dict())
     vocab_size, T, device = model.config.vocab_size, model.config.sequence_len, model.lm_head.weight.device
     while True:
         micro, accum = split_batch(rows, max_rows)
@@ -444,7 +443,7 @@ def warm_up(loss_fn, model, optimizers, rows, max_rows, compiled):
             # Two tensors, as in training, or it would recompile
             made_up = torch.arange(2 * micro * T, device=device).view(2, micro, T) % vocab_size
             for _ in range(2):  # the second step needs more memory: the optimizers have state
-                train_step(loss_fn, model, optimizers, iter([(*made_up, 1)] * accum), accum)
+                train_step(loss_fn, model, optimizers, [(*made_up, 1)] * accum, accum)
             return micro, accum
         except Exception as error:
             if out_of_memory(error):
@@ -496,11 +495,8 @@ def main():
                            attention=getattr(config.attention, "__name__", config.attention))
         print(f"{config}\n{num_params:,} parameters on {run.device}, {'' if COMPILE else 'not '}compiled")
 
-        rows, max_rows = max(1, round(TOTAL_BATCH / T)), DEVICE_BATCH
-        if run.device.type == "cuda":
-            memory = torch.cuda.get_device_properties().total_memory
-            max_rows = max(1, min(max_rows, memory // (ROW_MIB << 20)))
-        micro, accum = warm_up(loss_fn, model, optimizers, rows, max_rows, COMPILE)
+        rows = max(1, round(TOTAL_BATCH / T))
+        micro, accum = warm_up(loss_fn, model, optimizers, rows, DEVICE_BATCH, COMPILE)
         print(f"a step: {accum} x {micro} rows of {T} tokens; training for {run.budget:.0f} s")
 
         batches = make_dataloader(tokenizer, micro, T, "train")
