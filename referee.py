@@ -40,7 +40,8 @@ def git(*words, stdin=""):
     run = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", errors="replace")
     if run.returncode:
         print(f"git {words[0]} failed: {' '.join(run.stderr.split())}")
-    return "" if run.returncode else run.stdout.strip("\n\0")
+        return ""
+    return run.stdout.strip("\n\0")
 
 
 def history():
@@ -79,7 +80,7 @@ def all_runs(own=None):
 
 
 def night_of(commits, runs):
-    """HEAD's night, the runs since a commit "baseline": that of the newest commit with a run, or new."""
+    """HEAD's night: that of its newest commit with a run. A newer commit "baseline" starts a new one."""
     nights = {name: r["night"] for r in runs for name in r["names"]}
     for sha, twin, subject in commits:
         if night := nights.get(sha) or nights.get(twin):
@@ -92,13 +93,16 @@ def night_of(commits, runs):
 def runs_of_night(own=None):
     """The runs of HEAD's night, oldest first, each with its state: running, crash, keep or discard.
 
-    A run is kept while its commit is in HEAD's history.
+    A run is kept while its commit is in HEAD's history. Its `age`: how many commits follow.
     """
     commits, runs = history(), all_runs(own)
-    night, kept = night_of(commits, runs), {name for sha, twin, _ in commits for name in (sha, twin)}
+    night, ages = night_of(commits, runs), {}
+    for age, (sha, twin, _) in enumerate(commits):
+        ages |= {sha: age, twin: age}
     runs = [r for r in runs if r["night"] == night]
     for r in runs:
-        state = "keep" if kept.intersection(r["names"]) else "discard"
+        r["age"] = min([ages[name] for name in r["names"] if name in ages], default=len(commits))
+        state = "keep" if r["age"] < len(commits) else "discard"
         r["state"] = state if r["status"] == "ok" else "crash" if r["status"] else "running"
     return runs
 
@@ -137,30 +141,31 @@ def noise(runs):
 def verdict_of(run, runs):
     """Say what to do after `run`, given all `runs` of its night.
 
-    For each seed, compare the mean of this commit with the best mean of the other kept commits. If one of
-    them ran on seed 1, confirm a gain above half the noise on it. Keep a mean gain above the noise.
+    For each seed, compare the mean of this commit with that of the last other kept commit. (The best may
+    have met a faster machine.) If one ran on seed 1, confirm a gain above half the noise on it. Keep a mean
+    gain above the noise.
     """
-    own, scores, best, gains = run["commit"], defaultdict(dict), {}, {}
+    own, scores, last, gains = run["commit"], defaultdict(dict), {}, {}
     if run["status"] != "ok":
         return "none (no score): fix a mistake and run again, or undo the change"
     runs = [r for r in runs if r["status"] == "ok" and setting(r) == setting(run)]
-    for r in runs:
+    for r in sorted(runs, key=lambda r: -r["age"]):  # oldest commit first
         if r["commit"] == own or r["state"] == "keep":
             scores[r["seed"]].setdefault(r["commit"], []).append(r["val_bpb"])
     for seed, others in scores.items():
         mine = others.pop(own, [])
         if others:
-            best[seed] = min(map(fmean, others.values()))
+            last[seed] = fmean([*others.values()][-1])
         if mine and others:
-            gains[seed] = best[seed] - fmean(mine)
+            gains[seed] = last[seed] - fmean(mine)
     if len(gains) < 2 and not run["standard"]:
         return "none (another seed or time budget, so not in results.tsv)"
     if own.endswith("+"):
         return "none (uncommitted changes): commit them and run again"
     if not gains:
         return "keep (first)"
-    gain, spread, confirm = fmean(gains.values()), noise(runs), len(gains) == 1 and 1 in best
-    than = "on the mean of two seeds" if len(gains) > 1 else f"than {best[max(gains)]:.4f}"
+    gain, spread, confirm = fmean(gains.values()), noise(runs), len(gains) == 1 and 1 in last
+    than = "on the mean of two seeds" if len(gains) > 1 else f"than {last[max(gains)]:.4f}"
     words = f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'} {than}"
     if gain > (spread / 2 if confirm else spread):
         word = "confirm: run again with AUTORESEARCH_SEED=1" if confirm else "keep"
@@ -303,8 +308,8 @@ class Run:
         if not math.isfinite(self.losses[-1]):
             raise FloatingPointError(f"training loss is {self.losses[-1]} at step {r['num_steps']}")
         if live or r["num_steps"] <= 3 or 20 * progress >= self.lines:  # in a file one line per 5%
-            self.lines = math.floor(20 * progress) + 1
-            print(f"step {r['num_steps']:05d} | {min(100, 100 * progress):5.1f}% | loss "
+            self.lines = int(20 * progress) + 1
+            print(f"step {r['num_steps']:05d} | {min(1, progress):6.1%} | loss "
                   f"{fmean(self.losses):.6f} | {1e6 * r['total_tokens_M'] / seconds:,.0f} tok/s | "
                   f"{max(0, self.budget - seconds):.0f} s left ", end="\r" if live else "\n", flush=True)
 

@@ -312,9 +312,9 @@ def test_a_file_stop_is_named_after_the_verdict(lab):
 
 
 def run_of(commit, val_bpb, seed=42, state="keep", **changes):
-    """A record as verdict_of reads it."""
-    return dict(commit=commit, val_bpb=val_bpb, seed=seed, state=state, status="ok", time_budget=300.0, data="d",
-                device="cpu", standard=seed == 42) | changes
+    """A record as verdict_of reads it; commit "b" follows "a" in the history."""
+    return dict(commit=commit, age=100 - ord(commit[0]), val_bpb=val_bpb, seed=seed, state=state, status="ok",
+                time_budget=300.0, data="d", device="cpu", standard=seed == 42) | changes
 
 
 BASE = [run_of("a", 1.000), run_of("a", 1.004, 1)]  # noise 0.0028
@@ -336,7 +336,7 @@ VERDICTS = {  # name: the runs of the night, the verdict of the last one
     "not confirmed": ([*BASE, run_of("b", 0.990), run_of("b", 1.012, 1)],
                       f"discard (0.0010 better on the mean of two seeds, within the noise of 0.0112{SIMPLER})"),
     "refuted": ([*BASE, *[run_of("c", 1.002)] * 10, run_of("b", 0.998), run_of("b", 1.026, 1)],
-                "discard (0.0100 worse on the mean of two seeds)"),
+                "discard (0.0090 worse on the mean of two seeds)"),
     "repeated": ([*BASE, run_of("b", 0.990), run_of("b", 1.012)],
                  f"discard (0.0010 worse than 1.0000, within the noise of 0.0112{SIMPLER})"),
     "nothing to confirm with": ([run_of("a", 1.0), run_of("b", 0.99)],
@@ -352,6 +352,9 @@ VERDICTS = {  # name: the runs of the night, the verdict of the last one
         f"{CONFIRM} (0.0100 better than 1.0000, noise 0.0028)"),
     "a mean to beat": ([*BASE, run_of("a", 1.010), run_of("b", 1.004)],
                        f"discard (0.0010 better than 1.0050, within the noise of 0.0050{SIMPLER})"),
+    "the last kept, not the best or the last run": (
+        [*BASE, run_of("c", 1.05), run_of("b", 1.2), run_of("d", 1.03)],
+        f"{CONFIRM} (0.0200 better than 1.0500, noise 0.0028)"),
     "the other seed of the first": (BASE, TRIAL),
     "no score": ([*BASE, run_of("b", None, status="oom", state="crash")],
                  "none (no score): fix a mistake and run again, or undo the change"),
