@@ -647,7 +647,7 @@ def evaluate_bpb(model, tokenizer, batch_size, inspect=None):
             inputs, targets, counted = ids[:, :-1].to(device), ids[:, 1:].to(device), token_bytes[ids[:, 1:]]
             try:
                 losses = inspect(loss, inputs, targets) if inspect else loss(inputs, targets)
-            except Exception as error:
+            except (RuntimeError, MemoryError) as error:
                 if len(ids) == 1 or not out_of_memory(error):
                     raise
                 batch //= 2
