@@ -212,7 +212,7 @@ def small_train(line):
     source = (ROOT / "train.py").read_text()
     changes = {rf"^    {name} = .*": f"    {name} = {value}"
                for name, value in dict(DEPTH=1, N_EMBD=32, HEAD_DIM=16, TOTAL_BATCH=256, NGRAMS=()).items()}
-    changes["^COMPILE = True"] = "COMPILE = False"
+    changes |= {"^COMPILE = True": "COMPILE = False", "^CONTEXT_ROWS = .*": "CONTEXT_ROWS = 2053"}
     changes["(?<=run.step.loss, accum . micro . T.)"] = f"\n            if run.record['num_steps'] == 3: {line}"
     for old, new in changes.items():
         source, count = re.subn(old, lambda _, new=new: new, source, flags=re.M)

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def tiny_gpt(seed=0, **changes):
 
 
 def optimizers_of(model):
-    return train.build_optimizers(model, 0.04, 0.8, 0.008, 0.005, 0.5, (0.8, 0.95), DECAYS, compiled=False)
+    return train.build_optimizers(model, 0.04, 0.8, 0.6, 0.008, 0.005, 0.5, (0.8, 0.95), DECAYS, compiled=False)
 
 
 def wake(model):
@@ -142,11 +143,23 @@ def test_half_of_a_shifted_key_comes_from_the_previous_token():
 def test_equal_ngrams_have_equal_hashes():
     ids = torch.tensor([[1, 2, 3, 1, 2, 3, 2, 3]])
     for n, twins, strangers in ((1, (0, 3), (0, 1)), (2, (1, 4), (5, 6)), (3, (2, 5), (2, 7))):
-        found = train.hash_ngrams(ids, n, 2**20)[0].tolist()
+        found = train.hash_ngrams(ids, n)[0].tolist()
         assert found[twins[0]] == found[twins[1]] and found[strangers[0]] != found[strangers[1]]
     pairs = torch.cartesian_prod(torch.arange(200), torch.arange(200))
-    counts = train.hash_ngrams(pairs, 2, 2**15)[:, 1].bincount(minlength=2**15)
-    assert counts.max() < 12 and (counts == 0).sum() < 2**15 * 0.4  # 1.2 on average; by chance 30% are empty
+    counts = (train.hash_ngrams(pairs, 2)[:, 1] % 32_749).bincount(minlength=32_749)
+    assert counts.max() < 12 and (counts == 0).sum() < 32_749 * 0.4  # 1.2 on average; by chance 30% are empty
+
+
+def test_only_contexts_that_were_seen_are_learned():
+    model = tiny_gpt(ngrams=(2, 3), recall=(1,), context_rows=211)
+    batches = made_up_batches(model, 1, 2, T=12)
+    run_steps(model, optimizers_of(model), batches)
+    seen = [x % 211 for ids, *_ in batches for x in (train.hash_ngrams(ids, 2), train.hash_ngrams(ids, 3),
+                                                     train.recall(ids, 1, 50))]
+    expected = torch.cat(seen, dim=1).unique()
+    assert model.contexts.detach().abs().amax(1).nonzero().flatten().tolist() == expected.tolist()
+    train.loss_of(model, *batches[0][:2]).backward()
+    assert model.contexts.grad.is_sparse
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
@@ -160,8 +173,8 @@ def test_recall_finds_what_followed_the_last_occurrence(n):
     assert torch.equal(train.recall(ids, n, 50)[:, n - 1 :], expected[:, n - 1 :])
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(shift_keys=True), dict(ngrams=(2, 3), ngram_rows=64),
-                                     dict(recall=(1, 2))])
+@pytest.mark.parametrize("changes", [dict(), dict(shift_keys=True), dict(ngrams=(2, 3), context_rows=64),
+                                     dict(recall=(1, 2), context_rows=120)])
 def test_no_logit_depends_on_a_later_token(changes):
     model = wake(tiny_gpt(**changes))
     ids = torch.randint(50, (1, 24))
@@ -261,13 +274,14 @@ def test_every_parameter_is_in_one_group():
     (1.0, 0.04, 0.92, 0), (1.1, 0.04, 0.92, 0),
 ])
 def test_schedules_set_the_groups(progress, lr, momentum, decay):
-    adamw, muon = optimizers = optimizers_of(tiny_gpt())
+    adamw, muon, adagrad = optimizers = optimizers_of(tiny_gpt())
     train.set_schedules(optimizers, progress, 0.8, 0.04, (0.85, 0.92, 0.05))
     assert muon.param_groups[0]["lr"] == pytest.approx(0.04 * lr)
     assert muon.param_groups[0]["momentum"] == pytest.approx(momentum)
     assert muon.param_groups[0]["weight_decay"] == pytest.approx(decay)
-    assert [group["lr"] / group["initial_lr"] for group in adamw.param_groups] == pytest.approx([lr] * 6)
+    assert [group["lr"] / group["initial_lr"] for group in adamw.param_groups] == pytest.approx([lr] * 5)
     assert adamw.param_groups[0]["weight_decay"] == 0.0005
+    assert adagrad.param_groups[0]["lr"] == 0.6
 
 
 def test_without_a_warmdown_rates_stay_constant():
@@ -286,7 +300,7 @@ def test_any_batch_is_split(rows, max_rows, expected):
 
 
 def test_accumulation_changes_nothing():
-    models = [tiny_gpt(), tiny_gpt()]
+    models = [tiny_gpt(ngrams=(2,), recall=(1,), context_rows=61) for _ in "ab"]
     batches = made_up_batches(models[0], 8, 1)
     halves = [(x[i : i + 4], y[i : i + 4], 1) for x, y, _ in batches for i in (0, 4)]
     losses = [train.train_step(train.loss_of, model, optimizers_of(model), iter(data), len(data))
@@ -297,27 +311,25 @@ def test_accumulation_changes_nothing():
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)
 
 
+def run_steps(model, optimizers, batches):
+    data = iter(batches)
+    return [float(train.train_step(train.loss_of, model, optimizers, data, 1)) for _ in batches]
+
+
 def test_training_learns():
     model = tiny_gpt()
-    optimizers = optimizers_of(model)
-    batches = iter(made_up_batches(model, 4, 1) * 40)
-    losses = [float(train.train_step(train.loss_of, model, optimizers, batches, 1)) for _ in range(40)]
+    losses = run_steps(model, optimizers_of(model), made_up_batches(model, 4, 1) * 40)
     assert losses[-1] < 0.5 * losses[0]
 
 
-def run_steps(model, optimizers, steps=3):
-    torch.manual_seed(5)
-    batches = iter(made_up_batches(model, 4, steps))
-    return [float(train.train_step(train.loss_of, model, optimizers, batches, 1)) for _ in range(steps)]
-
-
-def test_warm_up_leaves_no_trace():
-    cold, warm = tiny_gpt(), tiny_gpt()
-    cold_optimizers, warm_optimizers = optimizers_of(cold), optimizers_of(warm)
+@pytest.mark.parametrize("changes", [dict(), dict(ngrams=(2, 3), context_rows=61)])
+def test_warm_up_leaves_no_trace(changes):
+    cold, warm = tiny_gpt(**changes), tiny_gpt(**changes)
     state = torch.get_rng_state()
-    train.warm_up(train.loss_of, warm, warm_optimizers, 4, 4, compiled=False)
+    train.warm_up(train.loss_of, warm, partial(optimizers_of, warm), 4, 4, compiled=False)
     assert torch.equal(torch.get_rng_state(), state)
-    assert run_steps(cold, cold_optimizers) == run_steps(warm, warm_optimizers)
+    batches = made_up_batches(cold, 4, 3)
+    assert run_steps(cold, optimizers_of(cold), batches) == run_steps(warm, optimizers_of(warm), batches)
     for a, b in zip(cold.state_dict().values(), warm.state_dict().values(), strict=True):
         assert torch.equal(a, b)
 
@@ -334,24 +346,24 @@ def test_out_of_memory_halves_the_rows(capsys, error):
         return train.loss_of(model, idx, targets)
 
     model = tiny_gpt()
-    assert train.warm_up(loss_fn, model, optimizers_of(model), 12, 12, compiled=True) == (3, 4)
+    assert train.warm_up(loss_fn, model, partial(optimizers_of, model), 12, 12, compiled=True) == (3, 4)
     assert "out of memory with 12 rows per forward; trying 6" in capsys.readouterr().out
 
 
 def test_an_error_in_the_model_is_raised():
     model = tiny_gpt()
     with pytest.raises(TypeError, match="NoneType"):
-        train.warm_up(lambda *_: None, model, optimizers_of(model), 4, 4, compiled=False)
+        train.warm_up(lambda *_: None, model, partial(optimizers_of, model), 4, 4, compiled=False)
 
 
 def test_nothing_is_compiled_on_the_clock(toy):
     graphs, tokenizer = [], prepare.Tokenizer.from_directory()
-    model = tiny_gpt(vocab_size=tokenizer.get_vocab_size(), n_layer=1, windows=[24])
-    optimizers, batches = optimizers_of(model), prepare.make_dataloader(tokenizer, 2, 24, "train")
+    model = tiny_gpt(vocab_size=tokenizer.get_vocab_size(), n_layer=1, windows=[24], ngrams=(2,), context_rows=61)
+    batches = prepare.make_dataloader(tokenizer, 2, 24, "train")
     backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
     loss_fn = torch.compile(train.loss_of, dynamic=False, backend=backend)
-    train.warm_up(loss_fn, model, optimizers, 4, 2, compiled=True)
-    warm = len(graphs)
+    train.warm_up(loss_fn, model, partial(optimizers_of, model), 4, 2, compiled=True)
+    warm, optimizers = len(graphs), optimizers_of(model)
     for _ in range(2):
         train.train_step(loss_fn, model, optimizers, batches, 2)
     assert len(graphs) == warm > 0
