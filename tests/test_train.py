@@ -151,11 +151,11 @@ def test_equal_ngrams_have_equal_hashes():
 
 
 def test_only_contexts_that_were_seen_are_learned():
-    model = tiny_gpt(ngrams=(2, 3), recall=(1,), context_rows=211)
+    model = tiny_gpt(ngrams=(2, 3), recall=(1, 2), context_rows=211)
     batches = made_up_batches(model, 1, 2, T=12)
     run_steps(model, optimizers_of(model), batches)
     seen = [x % 211 for ids, *_ in batches for x in (train.hash_ngrams(ids, 2), train.hash_ngrams(ids, 3),
-                                                     train.recall(ids, 1, 50))]
+                                                     train.recall(ids, 1, 50), train.recall(ids, 2, 50) + 51)]
     expected = torch.cat(seen, dim=1).unique()
     assert model.contexts.detach().abs().amax(1).nonzero().flatten().tolist() == expected.tolist()
     train.loss_of(model, *batches[0][:2]).backward()
