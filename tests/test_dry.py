@@ -12,7 +12,7 @@ from conftest import block
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("COMPILE=False", "DEPTH=2", "N_EMBD=256", "VALUE_EMBED_EVERY=0", "NGRAMS=(2,)", "RECALL=(2,)",
-         "SHIFT_KEYS=True")
+         "CONTEXT_ROWS=20_011", "SHIFT_KEYS=True")
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++") or platform.system() != "Linux", reason="needs g++ and Linux")
 
