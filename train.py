@@ -471,6 +471,7 @@ def warm_up(loss_fn, model, build, rows, max_rows, compiled):
                 raise
         finally:
             model.load_state_dict(before)
+            model.zero_grad()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()  # forget all tries
 

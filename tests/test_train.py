@@ -350,6 +350,19 @@ def test_out_of_memory_halves_the_rows(capsys, error):
     assert "out of memory with 12 rows per forward; trying 6" in capsys.readouterr().out
 
 
+def test_a_new_try_starts_without_gradients():
+    model, clean = tiny_gpt(), []
+
+    def loss_fn(model, idx, targets):
+        clean.append(model.lm_head.weight.grad is None)
+        if len(idx) > 3 and not clean[-1]:  # the second forward of a step
+            raise MemoryError
+        return train.loss_of(model, idx, targets)
+
+    assert train.warm_up(loss_fn, model, partial(optimizers_of, model), 12, 6, compiled=True) == (3, 4)
+    assert clean == [True, False, *([True, False, False, False] * 2)]
+
+
 def test_an_error_in_the_model_is_raised():
     model = tiny_gpt()
     with pytest.raises(TypeError, match="NoneType"):
